@@ -1,0 +1,62 @@
+"""The options of each command.
+
+They stand apart from the commands since torch and TorchRL take 4 s to import: ``--help`` and a
+mistyped option need neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """The main job's options."""
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one seed, two short iterations, the first-batch check only: under 30 s, for CI",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        help="how many seeds each actor trains with; their spread is the yardstick of the returns"
+        " (default: 3, with --quick 1)",
+    )
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
+    parser.add_argument(
+        "--null", action="store_true", help="upstream in both roles: tests the checks themselves"
+    )
+    _add_out(parser, "folder of the JSON and the PNG")
+
+
+def add_calls_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``calls``."""
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="16x8 only, short, nothing compiled: under 30 s, for CI",
+    )
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
+    parser.add_argument(
+        "--case",
+        action="append",
+        metavar="NAME",
+        help="only this case; may be repeated; a wrong name lists the right ones",
+    )
+    parser.add_argument(
+        "--null",
+        action="store_true",
+        help="upstream in both roles: what the ratios then are off 1 is the error of the timer",
+    )
+    _add_out(parser, "folder of the JSON")
+
+
+def _add_out(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help=f"{what} (default: bench/results/cpu; a run that is cut short by another option"
+        " writes only where --out says)",
+    )

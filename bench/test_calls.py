@@ -1,0 +1,37 @@
+"""The registry's cases under pytest-benchmark: ``pytest bench --benchmark-only``.
+
+Two commits are compared with its own ``--benchmark-autosave`` and ``--benchmark-compare``. Within
+one run the providers are not interleaved here, so ratios belong to ``python -m bench calls``.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.cases import CASES, SHAPES
+from bench.gate import verify
+from bench.implementations import NAMES, implementation
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("provider", ["upstream", "compiled", "fastprob", "hand"])
+@pytest.mark.parametrize("name", CASES)
+def test_call(benchmark, name, provider, shape):
+    """Checks one provider of a case, then times it."""
+    problem = CASES[name].build({side: implementation(side) for side in NAMES}, shape)
+    if provider not in problem.makers:
+        pytest.skip(f"{name} has no provider {provider!r}")
+    benchmark.group = f"{name} {shape[0]}x{shape[1]}"
+    with torch.set_grad_enabled(problem.grad):
+        made = problem.makers[provider]()
+        verify(problem, made, provider)
+        benchmark(made.call)

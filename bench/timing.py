@@ -1,0 +1,137 @@
+"""An interleaved timer for machines whose speed drifts.
+
+On a shared machine the clock of a core changes by tens of percent within seconds. Two providers
+timed one after the other then differ by the drift, not by their code. Here all providers of a
+case run in short blocks, round after round in a changing order, and what is compared is the
+ratio within a round: the drift is in both its terms and cancels. The median of those ratios
+ignores the rounds that another process disturbed.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+# A block of 2 ms is 20 times the cost of a context switch, and short enough that a round of four
+# providers sees one clock speed.
+BLOCK_S = 2e-3
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """The 20th, 50th and 80th percentile of a sample, in the unit of the sample."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, sample: Sequence[float]) -> Quantiles:
+        """Takes the percentiles by linear interpolation between order statistics.
+
+        Raises:
+            ValueError: if the sample is empty.
+        """
+        if not sample:
+            raise ValueError("quantiles of an empty sample; expected at least one value")
+        ordered = sorted(sample)
+
+        def at(q: float) -> float:
+            position = q * (len(ordered) - 1)
+            low = int(position)
+            high = min(low + 1, len(ordered) - 1)
+            return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+        return cls(at(0.2), at(0.5), at(0.8))
+
+    def as_dict(self, digits: int = 3) -> dict[str, float]:
+        """Returns the percentiles rounded, for JSON."""
+        return {k: round(getattr(self, k), digits) for k in ("p20", "p50", "p80")}
+
+
+@dataclass
+class Timings:
+    """What one provider took in each round.
+
+    Attributes:
+        us: microseconds per call, one entry for each round.
+        inner: calls in the block of one round.
+    """
+
+    inner: int
+    us: list[float] = field(default_factory=list)
+
+    @property
+    def quantiles(self) -> Quantiles:
+        """Percentiles over rounds, in microseconds per call."""
+        return Quantiles.of(self.us)
+
+
+def ratio(numerator: Timings, denominator: Timings) -> Quantiles:
+    """Percentiles of the ratio of two providers, taken round by round."""
+    return Quantiles.of([a / b for a, b in zip(numerator.us, denominator.us, strict=True)])
+
+
+def interleave(
+    calls: dict[str, Callable[[], object]],
+    *,
+    budget_s: float,
+    min_rounds: int = 15,
+    max_rounds: int = 400,
+    block_s: float = BLOCK_S,
+    clock: Callable[[], int] = time.perf_counter_ns,
+    seed: int = 0,
+) -> dict[str, Timings]:
+    """Times several calls in interleaved rounds.
+
+    Args:
+        calls: what to time, by name. Each has been called before, so that nothing is set up or
+            compiled inside a timed block.
+        budget_s: rounds are run until this many seconds have passed.
+        min_rounds: at least this many rounds, over the budget if need be.
+        max_rounds: at most this many rounds.
+        block_s: the length of one provider's block in a round, in seconds.
+        clock: a clock in nanoseconds; a test hands in its own.
+        seed: of the order of the providers, which changes from round to round.
+
+    Returns:
+        The timings by name; entry ``i`` of each comes from the same round.
+    """
+    timings = {name: Timings(_calibrate(call, block_s, clock)) for name, call in calls.items()}
+    order = list(calls)
+    shuffle = random.Random(seed).shuffle
+    enabled = gc.isenabled()
+    gc.collect()
+    # A collection inside a block of 2 ms costs more than the block.
+    gc.disable()
+    try:
+        start = clock()
+        for done in range(max_rounds):
+            if done >= min_rounds and (clock() - start) > budget_s * 1e9:
+                break
+            shuffle(order)
+            for name in order:
+                call, timing = calls[name], timings[name]
+                # The first call after another provider's block finds cold caches.
+                call()
+                begin = clock()
+                for _ in range(timing.inner):
+                    call()
+                timing.us.append((clock() - begin) / 1e3 / timing.inner)
+    finally:
+        if enabled:
+            gc.enable()
+    return timings
+
+
+def _calibrate(call: Callable[[], object], block_s: float, clock: Callable[[], int]) -> int:
+    """Returns how many calls fill a block, from the fastest of five."""
+    best = float("inf")
+    for _ in range(5):
+        begin = clock()
+        call()
+        best = min(best, clock() - begin)
+    return max(1, round(block_s * 1e9 / max(best, 1.0)))

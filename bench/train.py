@@ -1,0 +1,192 @@
+"""The main job: PPO on Pendulum-v1 with upstream's actor and with fastprob's, seed by seed."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bench import results
+from bench.agreement import (
+    Verdict,
+    check_first_batch,
+    check_first_step,
+    check_learning,
+    check_returns,
+    distance,
+    final_return,
+    rounding_twin,
+)
+from bench.console import make_console, make_progress
+from bench.implementations import Implementation, implementation
+from bench.ppo import Run, Settings, first_batch, train
+
+QUICK = Settings(envs=8, iterations=2, epochs=2)
+SEEDS = 3
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the main job; returns 1 where a check failed, else 0."""
+    torch.set_num_threads(args.threads)
+    console = make_console()
+    begin = time.perf_counter()
+    settings = QUICK if args.quick else Settings()
+    count = args.seeds or (1 if args.quick else SEEDS)
+    seeds = range(args.seed, args.seed + count)
+    sides = {
+        "upstream": implementation("upstream"),
+        "fastprob": implementation("upstream" if args.null else "fastprob"),
+    }
+    console.print(
+        f"PPO on Pendulum-v1: {settings.envs} environments x {settings.steps} steps x"
+        f" {settings.iterations} iterations, {count} seed(s) per actor, {args.threads} thread(s)"
+    )
+    runs, twin = _run_all(sides, seeds, settings, console)
+    verdicts = judge(runs, twin, quick=args.quick)
+    total = time.perf_counter() - begin
+    _print(console, runs, verdicts, total)
+    folder = args.out
+    if folder is None and not (args.quick or args.null or args.seeds):
+        folder = results.default_folder()
+    if folder is not None:
+        payload = as_json(runs, verdicts, seeds, settings, total, distance_of(runs, twin))
+        console.print(f"written: {results.shown(results.write(folder / 'train.json', payload))}")
+        from bench.plot import learning_curves
+
+        returns = {side: [run.returns for run in per_seed] for side, per_seed in runs.items()}
+        frames = settings.envs * settings.steps
+        path = learning_curves(folder / "train.png", returns, frames)
+        console.print(f"written: {results.shown(path)}")
+    return 0 if all(verdict.passed for verdict in verdicts) else 1
+
+
+def _run_all(
+    sides: dict[str, Implementation], seeds: range, settings: Settings, console: Console
+) -> tuple[dict[str, list[Run]], Any]:
+    """Trains with each side in turn, seed by seed, and collects the rounding twin's batch."""
+    runs: dict[str, list[Run]] = {side: [] for side in sides}
+    with make_progress(console) as progress:
+        task = progress.add_task("warm-up", total=len(sides) * len(seeds) * settings.iterations)
+        # The first call of anything imports and fills caches: neither side pays for it below.
+        for impl in sides.values():
+            first_batch(impl, seeds[0], settings)
+        twin = first_batch(sides["upstream"], seeds[0], settings, rounding_twin(seeds[0]))
+        for seed in seeds:
+            for side, impl in sides.items():
+
+                def on_iteration(iteration: int, value: float, side=side, seed=seed) -> None:
+                    text = f"{side}, seed {seed}: return {value:7.0f}"
+                    progress.update(task, advance=1, description=text)
+
+                done = train(impl, seed, settings, on_iteration)
+                runs[side].append(done)
+                shown = " ".join(f"{value:.0f}" for value in done.returns)
+                progress.console.print(f"{side:8} seed {seed}: {shown}")
+    return runs, twin
+
+
+def judge(runs: dict[str, list[Run]], twin: Any, *, quick: bool) -> list[Verdict]:
+    """Applies every rule that the length of the job allows."""
+    ours, theirs = runs["fastprob"], runs["upstream"]
+    verdicts = [
+        check_first_step(theirs[0].batch, ours[0].batch),
+        check_first_batch(theirs[0].batch, ours[0].batch, twin),
+    ]
+    if not quick:
+        verdicts.append(check_learning([run.returns for run in (*theirs, *ours)]))
+        if len(ours) > 1:
+            verdicts.append(check_returns(_finals(theirs), _finals(ours)))
+    return verdicts
+
+
+def distance_of(runs: dict[str, list[Run]], twin: Any) -> dict[str, dict[str, float]]:
+    """The first batch's largest differences, of fastprob and of the rounding twin."""
+    upstream = runs["upstream"][0].batch
+    return {
+        "fastprob": distance(upstream, runs["fastprob"][0].batch),
+        "rounding twin": distance(upstream, twin),
+    }
+
+
+def _finals(runs: Sequence[Run]) -> list[float]:
+    return [final_return(run.returns) for run in runs]
+
+
+def _seconds(runs: Sequence[Run], *parts: str) -> float:
+    """Median over seeds of the sum of the named parts; another process may disturb one run."""
+    return statistics.median(sum(run.seconds[part] for part in parts) for run in runs)
+
+
+PARTS = {
+    "actor, collecting": ("rollout: actor",),
+    "actor, in the loss (forward)": ("update: actor",),
+    "actor, both": ("rollout: actor", "update: actor"),
+    "in all": ("rollout", "advantage", "update"),
+}
+
+
+def _print(
+    console: Console, runs: dict[str, list[Run]], verdicts: Sequence[Verdict], total: float
+) -> None:
+    table = Table(title="Seconds per run, median over seeds", title_justify="left")
+    table.add_column("part")
+    for side in runs:
+        table.add_column(side, justify="right")
+    table.add_column("upstream ÷ fastprob", justify="right")
+    for part, names in PARTS.items():
+        values = [_seconds(per_seed, *names) for per_seed in runs.values()]
+        quotient = f"{values[0] / values[1]:.2f}"
+        table.add_row(part, *(f"{value:.2f}" for value in values), quotient)
+    console.print(table)
+    for side, per_seed in runs.items():
+        finals = _finals(per_seed)
+        console.print(
+            f"{side:8} returns: from {statistics.mean(run.returns[0] for run in per_seed):.0f} to"
+            f" {statistics.mean(finals):.0f} (seeds: {', '.join(f'{v:.0f}' for v in finals)})"
+        )
+    for verdict in verdicts:
+        word = "[green]ok[/]    " if verdict.passed else "[red]FAILED[/]"
+        console.print(f"{word} {verdict.name}: {verdict.detail}")
+    console.print(f"total time {total:.0f} s")
+
+
+def as_json(
+    runs: dict[str, list[Run]],
+    verdicts: Sequence[Verdict],
+    seeds: Sequence[int],
+    settings: Settings,
+    total: float,
+    gaps: dict[str, dict[str, float]],
+) -> dict[str, Any]:
+    """Returns everything that was measured and checked."""
+    return {
+        "environment": results.environment(),
+        "settings": asdict(settings),
+        "seeds": list(seeds),
+        "total_seconds": round(total, 1),
+        "checks": [asdict(verdict) for verdict in verdicts],
+        "first_batch_differences": gaps,
+        "seconds_median": {
+            side: {part: round(_seconds(per_seed, *names), 3) for part, names in PARTS.items()}
+            for side, per_seed in runs.items()
+        },
+        "runs": {
+            side: [
+                {
+                    "seed": seed,
+                    "final_return": round(final_return(run.returns), 1),
+                    "returns": [round(value, 1) for value in run.returns],
+                    "seconds": {part: round(value, 3) for part, value in run.seconds.items()},
+                }
+                for seed, run in zip(seeds, per_seed, strict=True)
+            ]
+            for side, per_seed in runs.items()
+        },
+    }

@@ -1,0 +1,269 @@
+"""The benchmarks' own machinery: the timer, the registry, the gate, the rules, the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+pytest.importorskip("torchrl")
+
+from bench import agreement
+from bench.cases import CASES, TARGETS
+from bench.gate import Problem, Provider, WrongResult, verify
+from bench.implementations import implementation
+from bench.timing import Quantiles, interleave, ratio
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = (5, 3)
+
+
+class FakeClock:
+    """A clock in nanoseconds that only moves when something is called."""
+
+    def __init__(self):
+        self.now = 0
+
+    def __call__(self):
+        return self.now
+
+    def taking(self, *costs):
+        """Returns a call that takes these times in turn, the last one for ever."""
+        left = list(costs)
+
+        def call():
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return call
+
+
+# ------------------------------------------------------------------------------------- the timer
+
+
+def test_quantiles_interpolate():
+    assert Quantiles.of([5.0, 1.0, 4.0, 2.0, 3.0, 6.0]) == Quantiles(2.0, 3.5, 5.0)
+    assert Quantiles.of([7.0]) == Quantiles(7.0, 7.0, 7.0)
+    with pytest.raises(ValueError, match="empty sample"):
+        Quantiles.of([])
+
+
+def test_interleave_counts_time_per_call():
+    clock = FakeClock()
+    timings = interleave(
+        {"slow": clock.taking(30_000), "fast": clock.taking(10_000)},
+        budget_s=0.0,
+        min_rounds=8,
+        block_s=60e-6,
+        clock=clock,
+    )
+    assert timings["slow"].inner == 2
+    assert timings["fast"].inner == 6
+    assert timings["slow"].us == [30.0] * 8
+    assert timings["fast"].us == [10.0] * 8
+    assert ratio(timings["slow"], timings["fast"]) == Quantiles(3.0, 3.0, 3.0)
+
+
+def test_ratio_ignores_drift_and_outliers():
+    # The machine slows down threefold in the middle, and one round is disturbed: five calls
+    # calibrate, then each round is one untimed and one timed call.
+    speeds = [1] * 5 + [1, 1] * 10 + [3, 3] * 10 + [3, 50] + [3, 3] * 20
+    clock = FakeClock()
+    timings = interleave(
+        {
+            "a": clock.taking(*(4_000 * s for s in speeds)),
+            "b": clock.taking(*(2_000 * min(s, 3) for s in speeds)),
+        },
+        budget_s=0.0,
+        min_rounds=41,
+        block_s=1e-6,
+        clock=clock,
+    )
+    assert max(timings["a"].us) == 200.0
+    assert ratio(timings["a"], timings["b"]).p50 == 2.0
+
+
+def test_interleave_keeps_to_its_budget_and_limits():
+    clock = FakeClock()
+    call = clock.taking(1_000_000)
+    # A round is an untimed and a timed call: 2 ms.
+    timings = interleave({"a": call}, budget_s=0.1, min_rounds=3, block_s=1e-3, clock=clock)
+    assert len(timings["a"].us) == 51
+    timings = interleave({"a": call}, budget_s=9, max_rounds=7, block_s=1e-3, clock=clock)
+    assert len(timings["a"].us) == 7
+
+
+# ---------------------------------------------------------------------------- registry and gate
+
+
+def _sides():
+    return {name: implementation(name) for name in ("upstream", "fastprob")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_passes_its_gate(name):
+    problem = CASES[name].build(_sides(), TINY)
+    for provider, make in problem.makers.items():
+        # Compiling takes seconds; test_bench_gate_holds_other_noise covers its branch.
+        if provider != "compiled":
+            verify(problem, make(), provider)
+
+
+def test_targets_name_cases_and_providers():
+    for target in TARGETS:
+        makers = CASES[target.case].build(_sides(), TINY).makers
+        assert {target.numerator, target.denominator} <= makers.keys()
+    low, high = TARGETS[0], TARGETS[3]
+    assert low.met(6.0, (16, 8)) and not low.met(5.9, (16, 8))
+    assert high.met(1.5, (16, 8)) and not high.met(1.6, (16, 8))
+
+
+def _wrong(provider: Provider, change) -> Provider:
+    return replace(provider, read=lambda out: change(dict(provider.read(out))))
+
+
+WRONG = {
+    "score off by 1e-3": lambda got: {**got, "log_prob": got["log_prob"] + 1e-3},
+    "action off by 1e-5": lambda got: {**got, "action": got["action"] + 1e-5},
+    "not a number": lambda got: {**got, "log_prob": got["log_prob"] * math.nan},
+    "another shape": lambda got: {**got, "log_prob": got["log_prob"].unsqueeze(-1)},
+    "nothing written": lambda got: {"action": got["action"]},
+}
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG.keys())
+def test_gate_refuses_a_wrong_provider(change):
+    problem = CASES["normal"].build({"upstream": implementation("upstream")}, TINY)
+    right = problem.makers["upstream"]()
+    verify(problem, right, "right")
+    with pytest.raises(WrongResult, match="wrong"):
+        verify(problem, _wrong(right, change), "wrong")
+
+
+def test_gate_refuses_scoring_the_projected_value():
+    problem = CASES["safe"].build({"upstream": implementation("upstream")}, (64, 3))
+    right = problem.makers["upstream"]()
+    params = implementation("upstream").IndependentNormal, right.call()
+
+    def rescored(got):
+        dist = params[0](params[1]["loc"], params[1]["scale"])
+        return {**got, "log_prob": dist.log_prob(got["action"])}
+
+    verify(problem, right, "right")
+    with pytest.raises(WrongResult, match="log_prob"):
+        verify(problem, _wrong(right, rescored), "wrong")
+
+
+def test_gate_refuses_another_draw_and_holds_other_noise():
+    problem = CASES["normal"].build({"upstream": implementation("upstream")}, (256, 3))
+    right = problem.makers["upstream"]()
+
+    def shifted():
+        torch.rand(1)
+        return right.call()
+
+    # Another draw is wrong for an eager provider, and fine for one that has its own noise.
+    with pytest.raises(WrongResult, match="action"):
+        verify(problem, replace(right, call=shifted), "shifted")
+    verify(problem, replace(right, call=shifted, same_draw=False), "own noise")
+    frozen = right.call().clone()
+    with pytest.raises(WrongResult, match="same action"):
+        verify(problem, replace(right, call=lambda: frozen, same_draw=False), "frozen")
+
+
+def test_gate_refuses_wrong_gradients():
+    problem: Problem = CASES["normal_train"].build({"upstream": implementation("upstream")}, TINY)
+    right = problem.makers["upstream"]()
+    with pytest.raises(WrongResult, match="d_scale"):
+        verify(
+            problem,
+            _wrong(right, lambda got: {**got, "d_scale": got["d_scale"] * 1.001}),
+            "wrong",
+        )
+
+
+# --------------------------------------------------------------- rules of agreement in the main job
+
+
+def _batch(offset=0.0, late=0.0):
+    generator = torch.Generator().manual_seed(0)
+    action = torch.randn(4, 6, 1, generator=generator)
+    action[:, 0] += offset
+    action[:, 3:] += late
+    observation = torch.ones(4, 6, 3)
+    return TensorDict(
+        {
+            "action": action,
+            "loc": torch.zeros(4, 6, 1),
+            "action_log_prob": torch.zeros(4, 6),
+            "observation": observation,
+            "next": {"reward": torch.zeros(4, 6, 1)},
+        },
+        [4, 6],
+    )
+
+
+def test_first_step_allows_rounding_only():
+    assert agreement.check_first_step(_batch(), _batch()).passed
+    nudged = _batch()
+    agreement.rounding_twin(0)(nudged)
+    assert not torch.equal(nudged["action"], _batch()["action"])
+    assert agreement.check_first_step(_batch(), nudged).passed
+    assert not agreement.check_first_step(_batch(), _batch(offset=1e-5)).passed
+
+
+def test_first_batch_is_held_to_the_rounding_twin():
+    twin = _batch(late=1e-5)
+    assert agreement.check_first_batch(_batch(), _batch(late=5e-5), twin).passed
+    assert not agreement.check_first_batch(_batch(), _batch(late=5e-4), twin).passed
+    broken = _batch()
+    broken["action"][0, 0] = math.nan
+    assert not agreement.check_first_batch(_batch(), broken, twin).passed
+
+
+def test_returns_are_held_to_the_spread_of_seeds():
+    assert agreement.check_returns([-170, -200, -150], [-210, -160, -190]).passed
+    assert not agreement.check_returns([-170, -180, -175], [-230, -240, -235]).passed
+    assert agreement.final_return([-1000.0, -500.0, -300.0, -200.0]) == -200.0
+    assert not agreement.check_learning([[-1200.0, -1100.0, -1000.0, -900.0]]).passed
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def _bench(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *args], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_help_explains_itself():
+    done = _bench("--help")
+    assert done.returncode == 0, done.stderr
+    for word in ("Pendulum-v1", "--quick", "--seed", "--out", "calls"):
+        assert word in done.stdout
+    assert "--threads" in _bench("calls", "--help").stdout
+
+
+def test_calls_writes_json(tmp_path, capsys):
+    from bench.__main__ import main
+
+    threads = torch.get_num_threads()
+    try:
+        assert main(["calls", "--quick", "--null", "--case", "delta", "--out", str(tmp_path)]) == 0
+        assert main(["calls", "--case", "nothing"]) == 2
+    finally:
+        torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    assert "Delta, random" in out and "unknown case nothing" in out
+    stored = json.loads((tmp_path / "calls.json").read_text())
+    assert {"device", "versions", "commit", "date", "command"} <= stored["environment"].keys()
+    (row,) = stored["results"]
+    assert row["shape"] == [16, 8]
+    assert {"p20", "p50", "p80"} <= row["providers"]["fastprob"].keys()
