@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.cases import CASES, SHAPES
+from bench.cases import BOTH, CASES, SHAPES
 from bench.gate import verify
-from bench.implementations import NAMES, implementation
+from bench.implementations import implementation
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +23,13 @@ def one_thread():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("provider", ["upstream", "compiled", "fastprob", "hand"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "provider"),
+    [(case.name, provider) for case in CASES.values() for provider in case.providers],
+)
 def test_call(benchmark, name, provider, shape):
     """Checks one provider of a case, then times it."""
-    problem = CASES[name].build({side: implementation(side) for side in NAMES}, shape)
-    if provider not in problem.makers:
-        pytest.skip(f"{name} has no provider {provider!r}")
+    problem = CASES[name].build({side: implementation(side) for side in BOTH}, shape)
     benchmark.group = f"{name} {shape[0]}x{shape[1]}"
     with torch.set_grad_enabled(problem.grad):
         made = problem.makers[provider]()
