@@ -267,3 +267,52 @@ def test_calls_writes_json(tmp_path, capsys):
     (row,) = stored["results"]
     assert row["shape"] == [16, 8]
     assert {"p20", "p50", "p80"} <= row["providers"]["fastprob"].keys()
+
+
+# ----------------------------------------------------------------------------------- the main job
+
+
+@pytest.fixture
+def short_job(monkeypatch):
+    from bench import train
+    from bench.ppo import Settings
+
+    monkeypatch.setattr(train, "QUICK", Settings(envs=4, steps=40, iterations=1, epochs=1))
+    threads = torch.get_num_threads()
+    yield train
+    torch.set_num_threads(threads)
+
+
+def test_main_job_checks_and_writes(short_job, tmp_path, capsys):
+    from bench.__main__ import main
+
+    assert main(["--quick", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "first step" in out and "FAILED" not in out
+    stored = json.loads((tmp_path / "train.json").read_text())
+    assert {check["name"]: check["passed"] for check in stored["checks"]} == {
+        "first step": True,
+        "first batch": True,
+    }
+    assert stored["seconds_median"]["fastprob"]["actor, both"] > 0
+    assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_main_job_fails_where_an_actor_draws_other_noise(short_job, monkeypatch, capsys):
+    from bench.__main__ import main
+
+    upstream = implementation("upstream")
+
+    class Shifted(upstream.IndependentNormal):
+        def sample(self, shape=()):
+            torch.rand(1)
+            return super().sample(shape)
+
+        def rsample(self, shape=()):
+            torch.rand(1)
+            return super().rsample(shape)
+
+    sides = {"upstream": upstream, "fastprob": replace(upstream, IndependentNormal=Shifted)}
+    monkeypatch.setattr(short_job, "implementation", sides.__getitem__)
+    assert main(["--quick"]) == 1
+    assert "FAILED" in capsys.readouterr().out
