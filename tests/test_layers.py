@@ -10,9 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Folders are layers of their own. Of the files directly in fastprob/, these two serve every layer
-# above the reference; all others are the modules.
-BASE = {"fastprob.rng", "fastprob.backend"}
+# Folders are layers of their own, but for specs, which is the modules'. Of the files directly in
+# fastprob/, rng and backend serve every layer above the reference, and interaction stands beside
+# the distributions: it takes a value from one, and a composite asks it for each of its parts. All
+# others are the modules.
+FILES = {"rng": "base", "backend": "base", "interaction": "distributions"}
+FOLDERS = {"distributions", "ops", "reference", "kernels"}
 MAY_IMPORT = {
     "modules": {"modules", "distributions", "ops", "reference", "base"},
     "distributions": {"distributions", "ops", "reference", "base"},
@@ -29,9 +32,8 @@ def layer_of(module: str) -> str | None:
     parts = module.split(".")
     if parts[0] != "fastprob":
         return None
-    if len(parts) > 1 and parts[1] in {"distributions", "ops", "reference", "kernels"}:
-        return parts[1]
-    return "base" if ".".join(parts[:2]) in BASE else "modules"
+    child = parts[1] if len(parts) > 1 else ""
+    return child if child in FOLDERS else FILES.get(child, "modules")
 
 
 def module_name(path: Path) -> str:
@@ -126,6 +128,9 @@ def test_kernels_is_no_package_of_its_own():
         ("fastprob.distributions.normal", "from fastprob.kernels import normal"),
         ("fastprob.distributions.normal", "from ..safe import SafeProbabilisticModule"),
         ("fastprob.distributions.normal", "import triton"),
+        ("fastprob.distributions.normal", "from fastprob.specs import Bounded"),
+        ("fastprob.ops.normal", "from fastprob.interaction import take"),
+        ("fastprob.interaction", "from fastprob.keys import with_suffix"),
         ("fastprob.modules", "from .kernels import normal"),
         ("fastprob.modules", "import triton.language as tl"),
         ("fastprob.modules", "import kernels"),
@@ -142,6 +147,7 @@ def test_the_check_finds_a_forbidden_import(module, source):
     [
         ("fastprob.safe", "from fastprob.modules import ProbabilisticTensorDictModule"),
         ("fastprob.safe", "from .distributions import _base\nfrom .ops import projection"),
+        ("fastprob.distributions.composite", "from fastprob.interaction import take"),
         ("fastprob.distributions.normal", "from fastprob import rng\nfrom ..ops import normal"),
         ("fastprob.ops.normal", "def f():\n    from fastprob.kernels import normal"),
         ("fastprob.ops.normal", "from fastprob.reference import normal as kernels"),
