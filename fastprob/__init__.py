@@ -12,3 +12,20 @@ __version__ = "0.1.0"
 _here = _Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "README.md").is_file():
     __path__.append(str(_here.parent))
+
+from fastprob.distributions import CompositeDistribution
+from fastprob.interaction import InteractionType, interaction_type, set_interaction_type
+from fastprob.modules import ProbabilisticTensorDictModule
+from fastprob.safe import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential
+from fastprob.sequential import ProbabilisticTensorDictSequential
+
+__all__ = [
+    "CompositeDistribution",
+    "InteractionType",
+    "ProbabilisticTensorDictModule",
+    "ProbabilisticTensorDictSequential",
+    "SafeProbabilisticModule",
+    "SafeProbabilisticTensorDictSequential",
+    "interaction_type",
+    "set_interaction_type",
+]

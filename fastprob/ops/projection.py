@@ -31,7 +31,10 @@ def fits_shape(spec_shape: Sequence[int], shape: Sequence[int]) -> bool:
     extra = len(shape) - len(spec_shape)
     if extra < 0:
         return False
-    return all(want in (have, 1, -1) for want, have in zip(spec_shape, shape[extra:], strict=True))
+    for want, have in zip(spec_shape, shape[extra:], strict=True):
+        if want != have and want != 1 and want != -1:
+            return False
+    return True
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -40,31 +43,38 @@ def _own(tensor: Tensor) -> Tensor:
         return tensor.detach().clone()
 
 
-class _PerDevice:
-    """Tensors with a copy on each device that asked for one."""
+class _PerDevice(dict):
+    """Tensors by device, copied to one when a value there first asks: ``copies[value.device]``.
 
-    __slots__ = ("_copies",)
+    A lookup in a dict, 0.1 µs, where a method around it takes 0.3.
+    """
 
     def __init__(self, *tensors: Tensor):
-        self._copies = {tensors[0].device: tuple(_own(tensor) for tensor in tensors)}
+        super().__init__()
+        self[tensors[0].device] = tuple(_own(tensor) for tensor in tensors)
 
-    def __call__(self, device: torch.device) -> tuple[Tensor, ...]:
-        copies = self._copies.get(device)
-        if copies is None:
-            first = next(iter(self._copies.values()))
-            # Under inference mode the copies would be of no use to a later backward pass.
-            with torch.inference_mode(False):
-                copies = tuple(tensor.to(device) for tensor in first)
-            self._copies[device] = copies
+    def __missing__(self, device: torch.device) -> tuple[Tensor, ...]:
+        first = next(iter(self.values()))
+        # Under inference mode the copies would be of no use to a later backward pass.
+        with torch.inference_mode(False):
+            self[device] = copies = tuple(tensor.to(device) for tensor in first)
         return copies
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _PerDevice, next(iter(self.values()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PerDevice:
+        return _PerDevice(*next(iter(self.values())))
 
 
 def _check_shape(value: Tensor, spec_shape: torch.Size) -> None:
-    if not fits_shape(spec_shape, value.shape):
+    # The comparison takes 0.2 µs, fits_shape 1: the sizes are nearly always the spec's own.
+    ndim = len(spec_shape)
+    if ndim and value.shape[-ndim:] != spec_shape and not fits_shape(spec_shape, value.shape):
         raise ValueError(
             f"cannot project a value of shape {tuple(value.shape)} onto a spec of shape "
-            f"{tuple(spec_shape)}: the last {len(spec_shape)} dims of the value must be those of "
-            f"the spec (a 1 in the spec's goes with any size)."
+            f"{tuple(spec_shape)}: the last {ndim} dims of the value must be those of the spec "
+            "(a 1 in the spec's goes with any size)."
         )
 
 
@@ -103,7 +113,7 @@ class ClampEach:
 
     def __call__(self, value: Tensor) -> Tensor:
         _check_shape(value, self.shape)
-        low, high = self._bounds(value.device)
+        low, high = self._bounds[value.device]
         if self.dtype is torch.bool:
             return reference.clamp_bool(value, low, high)
         return torch.clamp(value, low, high)
@@ -160,7 +170,7 @@ class RoundClampEach:
         if value.dim() == 0 and self.shape.numel() == 1:
             return self(value.unsqueeze(0)).squeeze(0)
         _check_shape(value, self.shape)
-        return reference.round_clamp_to(value, self._last(value.device)[0], self.dtype)
+        return reference.round_clamp_to(value, self._last[value.device][0], self.dtype)
 
     def __repr__(self) -> str:
         return f"RoundClampEach(shape={tuple(self.shape)}, {self.dtype})"
@@ -188,7 +198,7 @@ class NearestValid:
 
     def __call__(self, value: Tensor) -> Tensor:
         _check_shape(value, self.shape)
-        tensors = self._tensors(value.device)
+        tensors = self._tensors[value.device]
         last = self.last if len(tensors) == 1 else tensors[1]
         return reference.nearest_valid(value, tensors[0], last)
 
@@ -224,7 +234,7 @@ class OneHot:
                 f"cannot project a value of shape {tuple(value.shape)} onto a one-hot spec: the "
                 f"last dim must be {self.width} wide, one entry per outcome."
             )
-        classes, *rest = self._tensors(value.device)
+        classes, *rest = self._tensors[value.device]
         mask = rest[0] if self.masked else None
         if mask is not None:
             _check_shape(value, mask.shape)

@@ -1,0 +1,24 @@
+"""fastprob's distributions, and the registry that recognizes everyone else's."""
+
+from __future__ import annotations
+
+from fastprob.distributions._base import Fused
+from fastprob.distributions._registry import recognize, resolve
+from fastprob.distributions.categorical import Categorical, OneHotCategorical
+from fastprob.distributions.composite import CompositeDistribution
+from fastprob.distributions.delta import Delta
+from fastprob.distributions.normal import IndependentNormal, Normal
+from fastprob.distributions.tanh_normal import TanhNormal
+
+__all__ = [
+    "Categorical",
+    "CompositeDistribution",
+    "Delta",
+    "Fused",
+    "IndependentNormal",
+    "Normal",
+    "OneHotCategorical",
+    "TanhNormal",
+    "recognize",
+    "resolve",
+]

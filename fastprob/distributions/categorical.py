@@ -1,0 +1,297 @@
+"""Categorical and OneHotCategorical."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict.nn import InteractionType
+from torch import Tensor
+from torch import distributions as D
+from torch.distributions import constraints
+from torch.nn.functional import one_hot
+
+from fastprob import rng
+from fastprob.distributions._base import EMPTY, MEAN, MEDIAN, Fused, check_real, reject
+from fastprob.ops import categorical as ops
+
+
+class _CategoricalBase(Fused):
+    """Holds what was given, logits or probs, and derives the log-probabilities when asked."""
+
+    _name = "Categorical"
+
+    def _set(self, logits: Tensor | None, probs: Tensor | None, validate_args: bool | None):
+        if (logits is None) == (probs is None):
+            raise ValueError(
+                f"{self._name} expects either logits or probs, got "
+                f"{'neither' if logits is None else 'both'}"
+            )
+        if validate_args is not None:
+            self._validate_args = validate_args
+        given = probs if logits is None else logits
+        assert given is not None
+        if given.ndim < 1:
+            raise ValueError(
+                f"{self._name} expects {'probs' if logits is None else 'logits'} of one dimension "
+                "or more, whose last one is the categories; got a scalar"
+            )
+        if not given.dtype.is_floating_point:
+            given = given.to(torch.get_default_dtype())
+        self._given = given
+        self._from_probs = logits is None
+        self._log_probs: Tensor | None = None
+        if self._validate_args and given.is_cpu and not torch.compiler.is_compiling():
+            if self._from_probs:
+                check_probs(self._name, given)
+            else:
+                check_real(self._name, "logits", given)
+
+    @property
+    def _scores(self) -> Tensor:
+        """Log-probabilities of the categories, `[*batch, K]`."""
+        scores = self._log_probs
+        if scores is None:
+            scores = (ops.from_probs if self._from_probs else ops.normalize)(self._given)
+            self._log_probs = scores
+        return scores
+
+    @property
+    def logits(self) -> Tensor:
+        """Log-probabilities of the categories, `[*batch, K]`."""
+        return self._scores
+
+    @property
+    def probs(self) -> Tensor:
+        """Probabilities of the categories, `[*batch, K]`."""
+        if self._from_probs:
+            return self._given / self._given.sum(-1, keepdim=True)
+        return torch.softmax(self._scores, -1)
+
+    @property
+    def param_shape(self) -> torch.Size:
+        return self._given.shape
+
+    @property
+    def _num_events(self) -> int:
+        return self._given.shape[-1]
+
+    def _index(self, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+        """Draws indices, int64 `[*shape, *batch]`."""
+        with torch.no_grad():
+            probs = self.probs
+            if shape.numel() == 1:
+                # One draw: the race that torch.multinomial runs, from the same noise.
+                noise = rng.exponential(probs.shape, probs, generator)
+                index = ops.race(probs, noise)
+                return index.view(shape + index.shape) if shape else index
+            rng.refuse_generator_under_compile(generator)
+            flat = probs.reshape(-1, probs.shape[-1])
+            index = torch.multinomial(flat, shape.numel(), True, generator=generator)
+            return index.T.reshape(shape + probs.shape[:-1])
+
+    def _at(self, interaction: InteractionType) -> Tensor:
+        """The index of a deterministic interaction type, int64 `[*batch]`."""
+        if interaction is MEDIAN:
+            return ops.median_index(self._scores)
+        return self._given.argmax(-1)
+
+    def entropy(self) -> Tensor:
+        """Entropy in nats, `[*batch]`."""
+        return ops.entropy(self._scores)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self._given.shape[:-1]
+
+    _batch_shape = batch_shape
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """The same distribution with its batch expanded to `batch_shape`."""
+        shape = torch.Size(batch_shape) + self._given.shape[-1:]
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new._given, new._log_probs = self._given.expand(shape), None
+        return new
+
+    def __repr__(self) -> str:
+        name = "probs" if self._from_probs else "logits"
+        return f"{type(self).__name__}({name}: {self._given.shape})"
+
+
+class Categorical(_CategoricalBase, D.Categorical):
+    """Categorical distribution over indices, a drop-in for `torch.distributions.Categorical`.
+
+    `mean` and `median` are those of the index: `sum_k k p_k`, a float, and the smallest index whose
+    cumulative probability reaches 1/2. torch has NaN and none.
+
+    Source: `log p(k) = logits_k - logsumexp(logits)`.
+
+    Args:
+        probs: unnormalized probabilities, `[*batch, K]`.
+        logits: unnormalized log-probabilities, `[*batch, K]`. Exclusive with `probs`.
+        validate_args: whether to check the parameters; torch's default where it is None.
+
+    Raises:
+        ValueError: if both or none of the two are given, or a checked parameter is NaN or negative.
+    """
+
+    def __init__(
+        self,
+        probs: Tensor | None = None,
+        logits: Tensor | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self._set(logits, probs, validate_args)
+
+    logits = _CategoricalBase.logits
+    probs = _CategoricalBase.probs
+    event_shape = property(lambda self: EMPTY)
+    _event_shape = event_shape
+
+    def _draw(self, shape, generator, score, pathwise):
+        index = self._index(shape, generator)
+        return index, ops.pick(self._scores, index) if score else None
+
+    def _point(self, interaction: InteractionType, score: bool):
+        if interaction is MEAN:
+            value = ops.mean_index(self._scores)
+            if score:
+                raise NotImplementedError(
+                    "the mean of a Categorical lies between the categories and has no "
+                    "log-probability; use MODE or MEDIAN, or return_log_prob=False"
+                )
+            return value, None
+        index = self._at(interaction)
+        return index, ops.pick(self._scores, index) if score else None
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of indices, `[*sample, *batch]`."""
+        if self._validate_args and not torch.compiler.is_compiling():
+            self._validate_sample(value)
+        return ops.pick(self._scores, value)
+
+
+class OneHotCategorical(_CategoricalBase, D.Categorical):
+    """Categorical distribution over one-hot vectors, int64 as tensordict's and TorchRL's.
+
+    `mean` is the vector of probabilities, `median` the one-hot of the median index.
+
+    Source: `log p(x) = logits_k - logsumexp(logits)` with k the position of the one.
+
+    Args:
+        logits: unnormalized log-probabilities, `[*batch, K]`.
+        probs: unnormalized probabilities, `[*batch, K]`. Exclusive with `logits`.
+        grad_method: how `rsample` gets its gradient, TorchRL's `ReparamGradientStrategy` or its
+            name. `"PassThrough"` hands the gradient to the probabilities (straight-through),
+            `"RelaxedOneHot"` to a relaxed sample.
+        validate_args: whether to check the parameters; torch's default where it is None.
+
+    Raises:
+        ValueError: if both or none of the two are given, or a checked parameter is NaN or negative.
+    """
+
+    _name = "OneHotCategorical"
+    num_params = 1
+
+    def __init__(
+        self,
+        logits: Tensor | None = None,
+        probs: Tensor | None = None,
+        grad_method: Any = "PassThrough",
+        validate_args: bool | None = None,
+    ) -> None:
+        self._set(logits, probs, validate_args)
+        self.grad_method = getattr(grad_method, "name", grad_method)
+        if self.grad_method not in ("PassThrough", "RelaxedOneHot"):
+            raise ValueError(
+                "grad_method must be 'PassThrough' or 'RelaxedOneHot', or TorchRL's "
+                f"ReparamGradientStrategy, got {grad_method!r}"
+            )
+
+    logits = _CategoricalBase.logits
+    probs = _CategoricalBase.probs
+    support = constraints.one_hot
+
+    @property
+    def event_shape(self) -> torch.Size:
+        return self._given.shape[-1:]
+
+    _event_shape = event_shape
+
+    def _value(self, index: Tensor) -> Tensor:
+        return one_hot(index, self._given.shape[-1])
+
+    def _draw(self, shape, generator, score, pathwise):
+        index = self._index(shape, generator)
+        return self._value(index), ops.pick(self._scores, index) if score else None
+
+    def _point(self, interaction: InteractionType, score: bool):
+        if interaction is MEAN:
+            if score:
+                raise NotImplementedError(
+                    "the mean of a OneHotCategorical is its vector of probabilities, which has no "
+                    "log-probability; use MODE or MEDIAN, or return_log_prob=False"
+                )
+            return self.probs, None
+        index = self._at(interaction)
+        return self._value(index), ops.pick(self._scores, index) if score else None
+
+    def rsample(self, sample_shape: Any = EMPTY) -> Tensor:
+        """One-hot draws with a surrogate gradient, `[*sample, *batch, K]`, floating point."""
+        shape = torch.Size(sample_shape or ())
+        if self.grad_method == "PassThrough":
+            probs = self.probs
+            return self.sample(shape) + probs - probs.detach()
+        relaxed = D.RelaxedOneHotCategorical(
+            torch.ones((), device=self._given.device), logits=self._scores
+        ).rsample(shape)
+        hard = self._value(relaxed.detach().argmax(-1)).to(relaxed.dtype)
+        return relaxed + (hard - relaxed.detach())
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of one-hot vectors, `[*sample, *batch]`."""
+        if value.shape[-1] != self._given.shape[-1]:
+            raise ValueError(
+                f"OneHotCategorical has {self._given.shape[-1]} categories, got a value of shape "
+                f"{tuple(value.shape)}: its last dimension must be the categories"
+            )
+        return ops.pick(self._scores, value.argmax(-1))
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """All one-hot vectors, `[K, *batch, K]`."""
+        n = self._given.shape[-1]
+        batch = self.batch_shape
+        values = torch.eye(n, dtype=torch.int64, device=self._given.device)
+        values = values.view((n,) + (1,) * len(batch) + (n,))
+        return values.expand((n, *batch, n)) if expand else values
+
+
+def check_probs(name: str, probs: Tensor) -> None:
+    """Raises if `probs` has a NaN, a negative element, or a row without mass.
+
+    Raises:
+        ValueError: naming the first such element.
+    """
+    if not probs.numel():
+        return
+    probs = probs.detach()
+    if not probs.min() >= 0:
+        raise reject(name, "probs", probs, "0 or more", ~(probs >= 0))
+    mass = probs.sum(-1)
+    if not mass.min() > 0:
+        raise reject(name, "probs", mass, "of a positive sum in each row", ~(mass > 0))
+
+
+def recognize(dist: D.Distribution) -> Fused | None:
+    """The fastprob distribution equal to a torch Categorical, else None."""
+    if type(dist) is not D.Categorical:
+        return None
+    new = Categorical.__new__(Categorical)
+    from_probs = "probs" in dist.__dict__ and "logits" not in dist.__dict__
+    new._given = dist.probs if from_probs else dist.logits
+    new._from_probs = from_probs
+    new._log_probs = None if from_probs else new._given
+    if "_validate_args" in dist.__dict__:
+        new._validate_args = dist._validate_args
+    return new

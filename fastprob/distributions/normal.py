@@ -1,0 +1,286 @@
+"""Normal, `Independent(Normal)` and IndependentNormal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict.nn import InteractionType
+from torch import Tensor
+from torch import distributions as D
+from torch.distributions import constraints
+
+from fastprob import rng
+from fastprob.distributions._base import (
+    EMPTY,
+    Fused,
+    broadcast,
+    check_positive,
+    check_real,
+)
+from fastprob.ops import normal as ops
+
+
+class _NormalBase(Fused):
+    """Draws and scores of a Normal whose last `_ndims` dimensions are one event."""
+
+    loc: Tensor
+    scale: Tensor
+    _ndims: int
+
+    def _draw(self, shape, generator, score, pathwise):
+        loc, scale = self.loc, self.scale
+        noise = rng.standard_normal(shape + loc.shape if shape else loc.shape, loc, generator)
+        if pathwise or not torch.is_grad_enabled():
+            if score:
+                return ops.sample_score(loc, scale, noise, self._ndims)
+            return ops.sample(loc, scale, noise), None
+        with torch.no_grad():
+            value = ops.sample(loc, scale, noise)
+        return value, ops.log_prob(loc, scale, value, self._ndims) if score else None
+
+    def _point(self, interaction: InteractionType, score: bool):
+        loc = self.loc
+        return loc, ops.log_prob(loc, self.scale, loc, self._ndims) if score else None
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of `value`, `[*sample, *batch]`."""
+        if self._validate_args and not torch.compiler.is_compiling():
+            self._validate_sample(value)
+        return ops.log_prob(self.loc, self.scale, value, self._ndims)
+
+    def entropy(self) -> Tensor:
+        """Differential entropy in nats, `[*batch]`."""
+        return ops.entropy(self.scale, self._ndims)
+
+    def _set(self, name: str, loc: Any, scale: Any, ndims: int) -> None:
+        try:
+            plain = loc.shape == scale.shape and loc.dtype is scale.dtype
+        except AttributeError:
+            plain = False
+        if not plain or loc.device != scale.device:
+            loc, scale = broadcast(name, loc=loc, scale=scale)
+        self.loc = loc
+        self.scale = scale
+        self._ndims = ndims
+        if self._validate_args and loc.is_cpu and not torch.compiler.is_compiling():
+            check_real(name, "loc", loc)
+            check_positive(name, "scale", scale)
+
+    def _batch_size(self) -> torch.Size:
+        shape = self.loc.shape
+        return shape[: len(shape) - self._ndims] if self._ndims else shape
+
+    def _event_size(self) -> torch.Size:
+        shape = self.loc.shape
+        return shape[len(shape) - self._ndims :] if self._ndims else EMPTY
+
+
+class Normal(_NormalBase, D.Normal):
+    """Normal distribution, a drop-in for `torch.distributions.Normal`.
+
+    Source: `log p(x) = -(x - loc)^2 / (2 scale^2) - log(scale) - log(2 pi) / 2`.
+
+    Args:
+        loc: mean, `[*batch]`, or a number.
+        scale: standard deviation, `[*batch]`, greater than 0, or a number.
+        validate_args: whether to check the parameters; torch's default where it is None.
+
+    Raises:
+        ValueError: if a checked parameter is NaN, a scale is not above 0, or the shapes do not
+            broadcast.
+    """
+
+    def __init__(self, loc: Any, scale: Any, validate_args: bool | None = None) -> None:
+        if validate_args is not None:
+            self._validate_args = validate_args
+        self._set("Normal", loc, scale, 0)
+
+    batch_shape = property(lambda self: self.loc.shape)
+    event_shape = property(lambda self: EMPTY)
+    _batch_shape = batch_shape
+    _event_shape = event_shape
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Normal:
+        """The same distribution with its batch expanded to `batch_shape`."""
+        batch_shape = torch.Size(batch_shape)
+        new = _bare(type(self))
+        new.loc, new.scale, new._ndims = (
+            self.loc.expand(batch_shape),
+            self.scale.expand(batch_shape),
+            0,
+        )
+        new._validate_args = self._validate_args
+        return new
+
+
+class IndependentNormal(_NormalBase, D.Independent):
+    """Normal with independent elements whose last dimensions are one event.
+
+    Takes what TorchRL's class of the same name takes. As there, `tanh_loc` and `upscale` act when
+    the parameters are replaced through `update`, which maps the mean to
+    `upscale * tanh(loc / upscale)`; the constructor takes `loc` as it is.
+
+    Args:
+        loc: mean, `[*batch, *event]`.
+        scale: standard deviation, greater than 0: a tensor that broadcasts with `loc`, a number, or
+            a callable that maps `loc` to a tensor.
+        upscale: bound of the mean where `update` squashes it.
+        tanh_loc: whether `update` squashes the mean.
+        event_dim: number of event dimensions.
+        validate_args: whether to check the parameters; torch's default where it is None.
+
+    Raises:
+        ValueError: if a checked parameter is NaN, a scale is not above 0, the shapes do not
+            broadcast, or `event_dim` exceeds the number of dimensions.
+    """
+
+    num_params: int = 2
+
+    def __init__(
+        self,
+        loc: Tensor,
+        scale: Tensor | float | Callable[[Tensor], Tensor],
+        upscale: float | Tensor = 5.0,
+        tanh_loc: bool = False,
+        event_dim: int = 1,
+        validate_args: bool | None = None,
+    ) -> None:
+        if validate_args is not None:
+            self._validate_args = validate_args
+        self.tanh_loc = tanh_loc
+        self.upscale = upscale
+        self._assign(loc, scale, event_dim)
+
+    def _assign(self, loc: Tensor, scale: Any, event_dim: int) -> None:
+        self._set(type(self).__name__, loc, as_scale(scale, loc), event_dim)
+        if event_dim > self.loc.ndim:
+            raise ValueError(
+                f"{type(self).__name__} expects at least event_dim={event_dim} dimensions in its "
+                f"parameters, got shape {tuple(self.loc.shape)}; lower event_dim or add dimensions"
+            )
+
+    def update(self, loc: Tensor, scale: Any) -> None:
+        """Replaces the parameters, squashing the mean if `tanh_loc` is set.
+
+        Args:
+            loc: mean, `[*batch, *event]`.
+            scale: as in the constructor.
+        """
+        if self.tanh_loc:
+            loc = self.upscale * (loc / self.upscale).tanh()
+        self._assign(loc, scale, self._ndims)
+
+    @property
+    def base_dist(self) -> Normal:
+        """The Normal over single elements."""
+        base = _bare(Normal)
+        base.loc, base.scale, base._ndims = self.loc, self.scale, 0
+        if "_validate_args" in self.__dict__:
+            base._validate_args = self._validate_args
+        return base
+
+    @property
+    def reinterpreted_batch_ndims(self) -> int:
+        """Number of event dimensions."""
+        return self._ndims
+
+    batch_shape = property(_NormalBase._batch_size)
+    event_shape = property(_NormalBase._event_size)
+    _batch_shape = batch_shape
+    _event_shape = event_shape
+    has_rsample = True
+    has_enumerate_support = False
+
+    @property
+    def variance(self) -> Tensor:
+        return self.scale.pow(2)
+
+    @property
+    def stddev(self) -> Tensor:
+        return self.scale
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return (
+            constraints.independent(constraints.real, self._ndims)
+            if self._ndims
+            else (constraints.real)
+        )
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> IndependentNormal:
+        """The same distribution with its batch expanded to `batch_shape`."""
+        shape = torch.Size(batch_shape) + self._event_size()
+        new = _bare(type(self))
+        new.__dict__.update(self.__dict__)
+        new.loc, new.scale = self.loc.expand(shape), self.scale.expand(shape)
+        return new
+
+
+class Independent(IndependentNormal):
+    """`torch.distributions.Independent(Normal(loc, scale), n)` as one distribution.
+
+    Args:
+        base_distribution: a Normal, torch's or fastprob's.
+        reinterpreted_batch_ndims: number of event dimensions.
+        validate_args: whether to check the parameters; torch's default where it is None.
+
+    Raises:
+        TypeError: if the base is no Normal.
+        ValueError: as `IndependentNormal`.
+    """
+
+    def __init__(
+        self,
+        base_distribution: D.Normal,
+        reinterpreted_batch_ndims: int,
+        validate_args: bool | None = None,
+    ) -> None:
+        if not isinstance(base_distribution, D.Normal):
+            raise TypeError(
+                "fastprob's Independent takes a Normal as its base distribution, got "
+                f"{type(base_distribution).__name__}; use torch.distributions.Independent"
+            )
+        super().__init__(
+            base_distribution.loc,
+            base_distribution.scale,
+            event_dim=reinterpreted_batch_ndims,
+            validate_args=validate_args,
+        )
+
+
+def _bare(cls: type) -> Any:
+    return cls.__new__(cls)
+
+
+def as_scale(scale: Any, loc: Tensor) -> Any:
+    """A scale given as a callable is that of `loc`; one on another device is moved there."""
+    if isinstance(scale, Tensor):
+        if scale.device != loc.device:
+            return scale.to(loc.device, non_blocking=loc.device.type == "cuda")
+        return scale
+    return scale(loc) if callable(scale) else scale
+
+
+def recognize(dist: D.Distribution) -> Fused | None:
+    """The fastprob distribution equal to a torch Normal or Independent(Normal), else None."""
+    kind = type(dist)
+    if kind is D.Normal:
+        new, source, ndims = _bare(Normal), dist, 0
+    elif kind is D.Independent:
+        source = dist.base_dist
+        ndims = dist.reinterpreted_batch_ndims
+        while type(source) is D.Independent:
+            ndims += source.reinterpreted_batch_ndims
+            source = source.base_dist
+        if type(source) is not D.Normal and type(source) is not Normal:
+            return None
+        new = _bare(Independent)
+        new.tanh_loc, new.upscale = False, 5.0
+    else:
+        return None
+    new.loc, new.scale, new._ndims = source.loc, source.scale, ndims
+    if "_validate_args" in dist.__dict__:
+        new._validate_args = dist._validate_args
+    return new

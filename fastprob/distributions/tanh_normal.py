@@ -1,0 +1,268 @@
+"""TanhNormal: a Normal squashed into an interval by tanh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict.nn import InteractionType
+from torch import Tensor
+from torch import distributions as D
+from torch.distributions import constraints
+
+from fastprob import rng
+from fastprob.distributions._base import (
+    EMPTY,
+    MEAN,
+    MODE,
+    Fused,
+    broadcast,
+    check_positive,
+    check_real,
+)
+from fastprob.distributions.normal import IndependentNormal, Normal, as_scale
+from fastprob.ops import normal as normal_ops
+from fastprob.ops import tanh_normal as ops
+from fastprob.ops.tanh_normal import Bounds
+from fastprob.reference import tanh_normal as reference
+
+_UNIT = {safe: Bounds(1.0, 0.0, 0.0, safe) for safe in (True, False)}
+# The bounds of the latest call with tensors: a policy passes the same ones at every call, and
+# working them out anew takes four tensor operations and a pass over both.
+_latest: tuple[Any, Any, tuple, Bounds] | None = None
+
+
+class TanhNormal(Fused):
+    """A Normal squashed into `(low, high)` by tanh.
+
+    Takes what TorchRL's class of the same name takes. Draws are scored at the value before tanh,
+    which is exact where tanh saturates; `mode` is the true mode, `mean` the true mean and `median`
+    the true median of the squashed distribution. `deterministic_sample` is the squashed mean of the
+    Normal, which is the median.
+
+    Source: `log p(y) = log N(x; loc, scale) - log(1 - tanh(x)^2) - log((high - low) / 2)` with
+    `y = (high + low) / 2 + (high - low) / 2 * tanh(x)`; Haarnoja et al. 2018, appendix C.
+
+    Args:
+        loc: mean before tanh, `[*batch, *event]`.
+        scale: standard deviation before tanh, greater than 0: a tensor that broadcasts with `loc`,
+            a number, or a callable that maps `loc` to a tensor.
+        upscale: bound of the mean where `tanh_loc` squashes it.
+        low: lower bound of the values, a number or a tensor that broadcasts with `loc`.
+        high: upper bound of the values, likewise.
+        event_dims: number of event dimensions. Default 1, or 0 for a scalar `loc`.
+        tanh_loc: whether the mean becomes `upscale * tanh(loc / upscale)`, moved by the middle of
+            the interval.
+        safe_tanh: whether |tanh| is limited to 1 minus the dtype's resolution, so that values stay
+            strictly inside the bounds.
+        validate_args: whether to check the parameters; torch's default where it is None.
+
+    Raises:
+        ValueError: if a checked parameter is NaN, a scale is not above 0, or the shapes do not
+            broadcast.
+        RuntimeError: if `high` is not greater than `low`.
+    """
+
+    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012
+    has_rsample = True
+    num_params = 2
+
+    def __init__(
+        self,
+        loc: Any,
+        scale: Tensor | float | Callable[[Tensor], Tensor],
+        upscale: Tensor | float = 5.0,
+        low: Tensor | float = -1.0,
+        high: Tensor | float = 1.0,
+        event_dims: int | None = None,
+        tanh_loc: bool = False,
+        safe_tanh: bool = True,
+        validate_args: bool | None = None,
+    ) -> None:
+        if validate_args is not None:
+            self._validate_args = validate_args
+        if not isinstance(loc, Tensor):
+            loc = torch.as_tensor(loc, dtype=torch.get_default_dtype())
+        if type(low) is float and type(high) is float and low == -1.0 and high == 1.0:
+            self._bounds = _UNIT[safe_tanh]
+        else:
+            self._bounds = _bounds(low, high, safe_tanh, loc)
+        self._low, self._high = low, high
+        self.upscale = upscale
+        self.tanh_loc = tanh_loc
+        self._ndims = min(1, loc.ndim) if event_dims is None else event_dims
+        self.update(loc, scale)
+
+    def update(self, loc: Tensor, scale: Any) -> None:
+        """Replaces the parameters.
+
+        Args:
+            loc: mean before tanh, `[*batch, *event]`.
+            scale: as in the constructor.
+        """
+        if self.tanh_loc:
+            loc = (loc / self.upscale).tanh() * self.upscale + self._bounds.mid
+        scale = as_scale(scale, loc)
+        if (
+            not isinstance(scale, Tensor)
+            or loc.shape != scale.shape
+            or loc.dtype is not scale.dtype
+        ):
+            loc, scale = broadcast("TanhNormal", loc=loc, scale=scale)
+        if self._ndims > loc.ndim:
+            raise ValueError(
+                f"TanhNormal expects at least event_dims={self._ndims} dimensions in its "
+                f"parameters, got shape {tuple(loc.shape)}; lower event_dims or add dimensions"
+            )
+        self.loc = loc
+        self.scale = scale
+        if self._validate_args and loc.is_cpu and not torch.compiler.is_compiling():
+            check_real("TanhNormal", "loc", loc)
+            check_positive("TanhNormal", "scale", scale)
+
+    def _draw(self, shape, generator, score, pathwise):
+        loc, scale = self.loc, self.scale
+        noise = rng.standard_normal(shape + loc.shape if shape else loc.shape, loc, generator)
+        if pathwise or not torch.is_grad_enabled():
+            if score:
+                return ops.sample_score(loc, scale, noise, self._bounds, self._ndims)
+            return ops.sample(loc, scale, noise, self._bounds), None
+        with torch.no_grad():
+            x = normal_ops.sample(loc, scale, noise)
+            value = ops.squash(x, self._bounds)
+        if not score:
+            return value, None
+        return value, ops.log_prob_before(loc, scale, x, self._bounds, self._ndims)
+
+    def _point(self, interaction: InteractionType, score: bool):
+        loc, scale, bounds = self.loc, self.scale, self._bounds
+        if interaction is MEAN:
+            unit = reference.mean(loc, scale)
+            value = unit * bounds.half + bounds.mid
+            return value, self.log_prob(value) if score else None
+        x = reference.mode(loc, scale) if interaction is MODE else loc
+        value = ops.squash(x, bounds)
+        if not score:
+            return value, None
+        return value, ops.log_prob_before(loc, scale, x, bounds, self._ndims)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density of `value`, `[*sample, *batch]`; it depends on the value alone.
+
+        Values on or outside the bounds are scored just inside them.
+        """
+        return ops.log_prob(self.loc, self.scale, value, self._bounds, self._ndims)
+
+    @property
+    def low(self) -> Tensor:
+        """Lower bound of the values, a tensor."""
+        return torch.as_tensor(self._low, device=self.loc.device)
+
+    @property
+    def high(self) -> Tensor:
+        """Upper bound of the values, a tensor."""
+        return torch.as_tensor(self._high, device=self.loc.device)
+
+    min = low
+    max = high
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.loc.device
+
+    @property
+    def base_dist(self) -> Normal | IndependentNormal:
+        """The Normal before tanh."""
+        if self._ndims == 0:
+            return Normal(self.loc, self.scale, validate_args=False)
+        return IndependentNormal(self.loc, self.scale, event_dim=self._ndims, validate_args=False)
+
+    root_dist = property(lambda self: Normal(self.loc, self.scale, validate_args=False))
+
+    @property
+    def transforms(self) -> list[D.Transform]:
+        """The squashing, as torch transforms."""
+        half, mid = self._bounds.half, self._bounds.mid
+        return [D.TanhTransform(cache_size=1), D.AffineTransform(mid, half)]
+
+    def get_mode(self) -> Tensor:
+        """The mode, detached."""
+        return self.mode.detach()
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return constraints.real
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        shape = self.loc.shape
+        return shape[: len(shape) - self._ndims] if self._ndims else shape
+
+    @property
+    def event_shape(self) -> torch.Size:
+        shape = self.loc.shape
+        return shape[len(shape) - self._ndims :] if self._ndims else EMPTY
+
+    _batch_shape = batch_shape
+    _event_shape = event_shape
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> TanhNormal:
+        """The same distribution with its batch expanded to `batch_shape`."""
+        shape = torch.Size(batch_shape) + self.event_shape
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new.loc, new.scale = self.loc.expand(shape), self.scale.expand(shape)
+        return new
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(loc: {self.loc.shape}, scale: {self.scale.shape}, "
+            f"event_dims: {self._ndims})"
+        )
+
+
+def _bounds(low: Any, high: Any, safe: bool, loc: Tensor) -> Bounds:
+    """Half width and middle of the interval.
+
+    Raises:
+        RuntimeError: if `high` is not greater than `low` somewhere.
+    """
+    global _latest
+    if not isinstance(low, Tensor) and not isinstance(high, Tensor):
+        low, high = float(low), float(high)
+        if not high > low:
+            raise RuntimeError(
+                f"TanhNormal expects high to be greater than low, got low={low} and high={high}"
+            )
+        half = (high - low) / 2
+        return Bounds(half, (high + low) / 2, math.log(half), safe)
+    eager = not torch.compiler.is_compiling()
+    kind = (_version(low), _version(high), safe, loc.device, loc.dtype)
+    latest = _latest
+    if eager and latest is not None and latest[0] is low and latest[1] is high:
+        if latest[2] == kind:
+            return latest[3]
+    low_t = torch.as_tensor(low, dtype=loc.dtype, device=loc.device)
+    high_t = torch.as_tensor(high, dtype=loc.dtype, device=loc.device)
+    # A look at the values stops a GPU, so it is left to CPU tensors in eager mode.
+    if eager and low_t.is_cpu and not torch._C._functorch.peek_interpreter_stack():
+        if not bool((high_t > low_t).all()):
+            raise RuntimeError(
+                "TanhNormal expects high to be greater than low everywhere, got "
+                f"low={low_t.tolist()} and high={high_t.tolist()}"
+            )
+    half = (high_t - low_t) / 2
+    bounds = Bounds(half, (high_t + low_t) / 2, torch.log(half), safe)
+    if eager and not half.requires_grad and None not in kind:
+        _latest = (low, high, kind, bounds)
+    return bounds
+
+
+def _version(bound: Any) -> int | None:
+    """What changes when a bound is written in place; None where that cannot be told."""
+    if not isinstance(bound, Tensor):
+        return -1
+    return None if bound.is_inference() else bound._version

@@ -1,0 +1,81 @@
+"""Reading from and writing to tensordicts, with little Python on the way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict, is_tensor_collection
+from tensordict.nn import utils as _nn_utils
+from tensordict.tensorclass import is_non_tensor
+from tensordict.utils import NestedKey
+
+Items = list[tuple[NestedKey, Any]]
+
+_mode = _nn_utils._skip_existing
+
+
+def skip_existing() -> bool:
+    """Whether `set_skip_existing(True)` is in force."""
+    # tensordict 0.14 takes a lock to read this attribute, 0.15 reads it as here: 0.3 us a call.
+    return bool(_mode._mode)
+
+
+def can_skip(module: Any, tensordict: Any) -> bool:
+    """Whether all out-keys are there already and none of them is an in-key."""
+    out_keys = module.out_keys
+    if any(key in out_keys for key in module.in_keys):
+        return False
+    present = tensordict.keys(True)
+    return all(key in present for key in out_keys)
+
+
+def write(out: Any, items: Items, owner: Any) -> None:
+    """Writes entries into a tensordict, all of them or none.
+
+    Args:
+        out: a tensordict, or a tensorclass.
+        items: keys and values, in the order of writing.
+        owner: the module that writes, for messages.
+
+    Raises:
+        RuntimeError: if a value's leading dimensions are not the batch size, or `out` is locked.
+    """
+    batch_size = out.batch_size
+    ndim = len(batch_size)
+    for key, value in items:
+        if value.shape[:ndim] != batch_size:
+            raise RuntimeError(
+                f"{type(owner).__name__} cannot write {key!r} of shape {tuple(value.shape)} into a "
+                f"tensordict of batch size {tuple(batch_size)}: the leading dimensions must be the "
+                "batch size. Give the tensordict fewer batch dimensions, or the distribution fewer "
+                "event dimensions."
+            )
+    if type(out) is TensorDict and not out.is_locked and not torch.compiler.is_compiling():
+        device = out.device
+        for key, value in items:
+            if type(key) is str and (device is None or value.device == device):
+                # The checks that set() makes were made above: 0.2 us in place of 1.6 each.
+                out._set_str(key, value, inplace=False, validated=True, non_blocking=False)
+            else:
+                out.set(key, value)
+        return
+    for key, value in items:
+        out.set(key, value)
+
+
+def leaves(tensordict: Any) -> Items:
+    """The entries of a tensordict, nested ones under their full keys."""
+    return list(tensordict.items(True, True))
+
+
+def repeat(value: Any, shape: torch.Size | None) -> Any:
+    """`value` repeated along new leading dimensions, without copying."""
+    return value.expand(shape + value.shape) if shape else value
+
+
+def as_dict(kwargs: Any) -> dict[str, Any]:
+    """Distribution keywords as a plain dictionary of their first level."""
+    if not is_tensor_collection(kwargs):
+        return dict(kwargs)
+    return {k: v.data if is_non_tensor(v) else v for k, v in kwargs.items()}

@@ -1,0 +1,115 @@
+"""Sample, score and entropy of Normal and Independent(Normal), with hand-written gradients.
+
+For y = loc + noise * scale with log-density l, and incoming gradients gy and gl:
+
+    dloc = gy                    dscale = gy * noise - gl / scale
+
+and for the log-density of a given value, with z = (value - loc) / scale:
+
+    dloc = gl * z / scale        dscale = gl * (z^2 - 1) / scale        dvalue = -dloc
+
+which is two to three tensor operations where autograd runs eleven.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprob.ops._autograd import over_event, sum_to, wants_function
+from fastprob.reference import normal as reference
+
+
+class _SampleScore(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loc: Tensor, scale: Tensor, noise: Tensor, ndims: int):
+        ctx.save_for_backward(scale, noise)
+        ctx.loc_shape, ctx.ndims = loc.shape, ndims
+        return reference.sample(loc, scale, noise), reference.score_noise(scale, noise, ndims)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        grad_value, grad_score = grads
+        scale, noise = ctx.saved_tensors
+        grad_loc = sum_to(grad_value, ctx.loc_shape)
+        grad_scale = torch.addcmul(
+            grad_value * noise, over_event(grad_score, ctx.ndims), scale.reciprocal(), value=-1
+        )
+        return grad_loc, sum_to(grad_scale, scale.shape), None, None
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loc: Tensor, scale: Tensor, value: Tensor, ndims: int):
+        z = reference.standardize(loc, scale, value)
+        ctx.save_for_backward(loc, scale, value, z)
+        ctx.ndims = ndims
+        return reference.score_noise(scale, z, ndims)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        loc, scale, value, z = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # A second derivative follows: z must depend on the inputs again.
+            z = reference.standardize(loc, scale, value)
+        rate = over_event(grads[0], ctx.ndims) / scale
+        grad = rate * z
+        grad_loc = grad_scale = grad_value = None
+        if ctx.needs_input_grad[0]:
+            grad_loc = sum_to(grad, loc.shape)
+        if ctx.needs_input_grad[1]:
+            grad_scale = sum_to(torch.addcmul(-rate, grad, z), scale.shape)
+        if ctx.needs_input_grad[2]:
+            grad_value = sum_to(-grad, value.shape)
+        return grad_loc, grad_scale, grad_value, None
+
+
+class _Entropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, ndims: int):
+        ctx.save_for_backward(scale)
+        ctx.ndims = ndims
+        return reference.entropy(scale, ndims)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        (scale,) = ctx.saved_tensors
+        return over_event(grads[0], ctx.ndims) / scale, None
+
+
+def sample(loc: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
+    """Reparameterized value, `[*sample, *batch, *event]`."""
+    return reference.sample(loc, scale, noise)
+
+
+def sample_score(loc: Tensor, scale: Tensor, noise: Tensor, ndims: int) -> tuple[Tensor, Tensor]:
+    """Reparameterized value and its log-density, from one draw of noise.
+
+    Args:
+        loc: `[*batch, *event]`.
+        scale: `[*batch, *event]`.
+        noise: standard normal, `[*sample, *batch, *event]`.
+        ndims: number of event dimensions.
+
+    Returns:
+        value `[*sample, *batch, *event]`, log-density `[*sample, *batch]`.
+    """
+    if wants_function(loc, scale):
+        return _SampleScore.apply(loc, scale, noise, ndims)
+    return reference.sample(loc, scale, noise), reference.score_noise(scale, noise, ndims)
+
+
+def log_prob(loc: Tensor, scale: Tensor, value: Tensor, ndims: int) -> Tensor:
+    """Log-density of `value`, `[*sample, *batch]`."""
+    if wants_function(loc, scale, value):
+        return _LogProb.apply(loc, scale, value, ndims)
+    return reference.log_prob(loc, scale, value, ndims)
+
+
+def entropy(scale: Tensor, ndims: int) -> Tensor:
+    """Differential entropy in nats, `[*batch]`."""
+    if wants_function(scale):
+        return _Entropy.apply(scale, ndims)
+    return reference.entropy(scale, ndims)
