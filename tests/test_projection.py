@@ -402,9 +402,9 @@ def test_bounds_are_copied_to_a_device_once():
     projection = projection_for(build("bounded_each"))
     device = torch.device("meta")
     projection(torch.empty(3, device=device))
-    first = projection._bounds(device)
+    first = projection._bounds[device]
     projection(torch.empty(3, device=device))
-    assert all(a is b for a, b in zip(first, projection._bounds(device), strict=True))
+    assert all(a is b for a, b in zip(first, projection._bounds[device], strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -46,7 +46,7 @@ def _own(tensor: Tensor) -> Tensor:
 class _PerDevice(dict):
     """Tensors by device, copied to one when a value there first asks: ``copies[value.device]``.
 
-    A lookup in a dict, 0.1 µs, where a method around it takes 0.3.
+    A dict, so that a lookup enters no Python frame.
     """
 
     def __init__(self, *tensors: Tensor):
@@ -68,7 +68,7 @@ class _PerDevice(dict):
 
 
 def _check_shape(value: Tensor, spec_shape: torch.Size) -> None:
-    # The comparison takes 0.2 µs, fits_shape 1: the sizes are nearly always the spec's own.
+    # The sizes are nearly always the spec's own, which one comparison tells.
     ndim = len(spec_shape)
     if ndim and value.shape[-ndim:] != spec_shape and not fits_shape(spec_shape, value.shape):
         raise ValueError(
@@ -84,13 +84,14 @@ class Clamp:
     The shape of the value is not looked at.
     """
 
-    __slots__ = ("dtype", "high", "low")
+    __slots__ = ("_plain", "dtype", "high", "low")
 
     def __init__(self, low: float, high: float, dtype: torch.dtype):
         self.low, self.high, self.dtype = low, high, dtype
+        self._plain = None if dtype is torch.bool else dtype  # what torch.clamp does by itself
 
     def __call__(self, value: Tensor) -> Tensor:
-        if value.dtype is self.dtype and self.dtype is not torch.bool:
+        if value.dtype is self._plain:
             return torch.clamp(value, self.low, self.high)
         return reference.clamp(value, self.low, self.high, self.dtype)
 
@@ -105,18 +106,28 @@ class ClampEach:
         ValueError: on a call, if the value's shape does not fit the bounds'.
     """
 
-    __slots__ = ("_bounds", "dtype", "shape")
+    __slots__ = ("_bool", "_bounds", "dtype", "shape")
 
     def __init__(self, low: Tensor, high: Tensor):
         self.dtype, self.shape = low.dtype, low.shape
+        self._bool = low.dtype is torch.bool
         self._bounds = _PerDevice(low, high)
 
     def __call__(self, value: Tensor) -> Tensor:
-        _check_shape(value, self.shape)
         low, high = self._bounds[value.device]
-        if self.dtype is torch.bool:
-            return reference.clamp_bool(value, low, high)
-        return torch.clamp(value, low, high)
+        try:
+            if self._bool:
+                out = reference.clamp_bool(value, low, high)
+            else:
+                out = torch.clamp(value, low, high)
+        except RuntimeError:
+            _check_shape(value, self.shape)
+            raise
+        # Bounds that made the value larger do not fit it. Two thirds of the time that slicing the
+        # shape before the clamp takes.
+        if out.shape != value.shape:
+            _check_shape(value, self.shape)
+        return out
 
     def __repr__(self) -> str:
         return f"ClampEach(shape={tuple(self.shape)}, {self.dtype})"
