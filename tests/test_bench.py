@@ -294,7 +294,7 @@ def test_main_job_checks_and_writes(short_job, tmp_path, capsys):
         "first step": True,
         "first batch": True,
     }
-    assert stored["seconds_median"]["fastprob"]["actor, both"] > 0
+    assert stored["cpu_seconds_median"]["fastprob"]["actor, both"] > 0
     assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
 
 
