@@ -9,6 +9,8 @@ from tensordict.nn import InteractionType
 from torch import Tensor
 from torch import distributions as D
 
+from fastprob.reference._reduce import plain_tensors_only
+
 RANDOM = InteractionType.RANDOM
 MODE = InteractionType.MODE
 MEDIAN = InteractionType.MEDIAN
@@ -146,9 +148,12 @@ class Fused(D.Distribution):
     def deterministic_sample(self) -> Tensor:
         return self._point(DETERMINISTIC, False)[0]
 
-    def _checks(self) -> bool:
-        """Whether arguments are to be checked: torch's switch, on CPU, in eager mode."""
-        return bool(self._validate_args) and not torch.compiler.is_compiling()
+    def _checks(self, like: Tensor) -> bool:
+        """Whether arguments are to be checked: torch's switch, on CPU, in plain eager mode.
+
+        Under `torch.vmap` a look at the values is an error, so nothing is checked there.
+        """
+        return bool(self._validate_args) and like.is_cpu and plain_tensors_only()
 
 
 def reject(name: str, argument: str, value: Tensor, wanted: str, bad: Tensor) -> ValueError:

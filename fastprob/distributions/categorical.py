@@ -41,7 +41,7 @@ class _CategoricalBase(Fused):
         self._given = given
         self._from_probs = logits is None
         self._log_probs: Tensor | None = None
-        if self._validate_args and given.is_cpu and not torch.compiler.is_compiling():
+        if self._checks(given):
             if self._from_probs:
                 check_probs(self._name, given)
             else:
@@ -80,8 +80,9 @@ class _CategoricalBase(Fused):
         """Draws indices, int64 `[*shape, *batch]`."""
         with torch.no_grad():
             probs = self.probs
-            if shape.numel() == 1:
-                # One draw: the race that torch.multinomial runs, from the same noise.
+            if shape.numel() == 1 and not torch._C._functorch.peek_interpreter_stack():
+                # One draw: the race that torch.multinomial runs, from the same noise. Under vmap
+                # multinomial itself knows whether its noise is to be batched.
                 noise = rng.exponential(probs.shape, probs, generator)
                 index = ops.race(probs, noise)
                 return index.view(shape + index.shape) if shape else index
@@ -167,7 +168,7 @@ class Categorical(_CategoricalBase, D.Categorical):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of indices, `[*sample, *batch]`."""
-        if self._validate_args and not torch.compiler.is_compiling():
+        if self._checks(value):
             self._validate_sample(value)
         return ops.pick(self._scores, value)
 

@@ -118,7 +118,7 @@ class TanhNormal(Fused):
             )
         self.loc = loc
         self.scale = scale
-        if self._validate_args and loc.is_cpu and not torch.compiler.is_compiling():
+        if self._checks(loc):
             check_real("TanhNormal", "loc", loc)
             check_positive("TanhNormal", "scale", scale)
 
