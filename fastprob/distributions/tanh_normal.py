@@ -27,6 +27,7 @@ from fastprob.ops import normal as normal_ops
 from fastprob.ops import tanh_normal as ops
 from fastprob.ops.tanh_normal import Bounds
 from fastprob.reference import tanh_normal as reference
+from fastprob.reference._reduce import plain_tensors_only
 
 _UNIT = {safe: Bounds(1.0, 0.0, 0.0, safe) for safe in (True, False)}
 # The bounds of the latest call with tensors: a policy passes the same ones at every call, and
@@ -239,30 +240,39 @@ def _bounds(low: Any, high: Any, safe: bool, loc: Tensor) -> Bounds:
             )
         half = (high - low) / 2
         return Bounds(half, (high + low) / 2, math.log(half), safe)
-    eager = not torch.compiler.is_compiling()
+    plain = plain_tensors_only()
     kind = (_version(low), _version(high), safe, loc.device, loc.dtype)
-    latest = _latest
-    if eager and latest is not None and latest[0] is low and latest[1] is high:
-        if latest[2] == kind:
-            return latest[3]
-    low_t = torch.as_tensor(low, dtype=loc.dtype, device=loc.device)
-    high_t = torch.as_tensor(high, dtype=loc.dtype, device=loc.device)
-    # A look at the values stops a GPU, so it is left to CPU tensors in eager mode.
-    if eager and low_t.is_cpu and not torch._C._functorch.peek_interpreter_stack():
-        if not bool((high_t > low_t).all()):
-            raise RuntimeError(
-                "TanhNormal expects high to be greater than low everywhere, got "
-                f"low={low_t.tolist()} and high={high_t.tolist()}"
-            )
-    half = (high_t - low_t) / 2
-    bounds = Bounds(half, (high_t + low_t) / 2, torch.log(half), safe)
-    if eager and not half.requires_grad and None not in kind:
-        _latest = (low, high, kind, bounds)
+    if plain and _latest is not None:
+        known_low, known_high, known_kind, bounds = _latest
+        if known_low is low and known_high is high and known_kind == kind:
+            return bounds
+    if not plain or None in kind:
+        return _tensor_bounds(low, high, safe, loc)
+    # What is kept must serve a later backward pass as well, which an inference tensor does not.
+    with torch.inference_mode(False), torch.no_grad():
+        bounds = _tensor_bounds(low, high, safe, loc)
+    _latest = (low, high, kind, bounds)
     return bounds
 
 
+def _tensor_bounds(low: Any, high: Any, safe: bool, loc: Tensor) -> Bounds:
+    low = torch.as_tensor(low, dtype=loc.dtype, device=loc.device)
+    high = torch.as_tensor(high, dtype=loc.dtype, device=loc.device)
+    # A look at the values stops a GPU, so it is left to CPU tensors in eager mode.
+    if low.is_cpu and plain_tensors_only() and not bool((high > low).all()):
+        raise RuntimeError(
+            "TanhNormal expects high to be greater than low everywhere, got "
+            f"low={low.tolist()} and high={high.tolist()}"
+        )
+    half = (high - low) / 2
+    return Bounds(half, (high + low) / 2, torch.log(half), safe, half.requires_grad)
+
+
 def _version(bound: Any) -> int | None:
-    """What changes when a bound is written in place; None where that cannot be told."""
+    """What changes when a bound is written in place; None where the bounds cannot be kept.
+
+    That is so where a write leaves no trace, and where a bound is learned.
+    """
     if not isinstance(bound, Tensor):
         return -1
-    return None if bound.is_inference() else bound._version
+    return None if bound.is_inference() or bound.requires_grad else bound._version

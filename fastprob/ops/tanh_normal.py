@@ -21,12 +21,16 @@ from fastprob.reference import tanh_normal as reference
 
 
 class Bounds(NamedTuple):
-    """The interval of the values, as `mid + half * tanh(x)`; numbers or tensors."""
+    """The interval of the values, as `mid + half * tanh(x)`; numbers or tensors.
+
+    Bounds that are `learned` need gradients, which the hand-written backwards leave out.
+    """
 
     half: Tensor | float
     mid: Tensor | float
     log_half: Tensor | float
     safe: bool
+    learned: bool = False
 
 
 class _Squash(torch.autograd.Function):
@@ -87,7 +91,7 @@ class _SampleScore(torch.autograd.Function):
 
 def squash(x: Tensor, bounds: Bounds) -> Tensor:
     """`mid + half * tanh(x)`, `[*batch, *event]`."""
-    if wants_function(x):
+    if wants_function(x) and not bounds.learned:
         return _Squash.apply(x, bounds)
     return reference.squash(x, bounds.half, bounds.mid, bounds.safe)
 
@@ -112,7 +116,7 @@ def sample_score(
     Returns:
         value `[*sample, *batch, *event]`, log-density `[*sample, *batch]`.
     """
-    if wants_function(loc, scale):
+    if wants_function(loc, scale) and not bounds.learned:
         return _SampleScore.apply(loc, scale, noise, bounds, ndims)
     x = normal_reference.sample(loc, scale, noise)
     value = reference.squash(x, bounds.half, bounds.mid, bounds.safe)
