@@ -69,6 +69,11 @@ class _CategoricalBase(Fused):
         return torch.softmax(self._scores, -1)
 
     @property
+    def _param(self) -> Tensor:
+        # What torch's Categorical calls it; its enumerate_support reads the device.
+        return self._given
+
+    @property
     def param_shape(self) -> torch.Size:
         return self._given.shape
 
@@ -185,7 +190,7 @@ class OneHotCategorical(_CategoricalBase, D.Categorical):
         probs: unnormalized probabilities, `[*batch, K]`. Exclusive with `logits`.
         grad_method: how `rsample` gets its gradient, TorchRL's `ReparamGradientStrategy` or its
             name. `"PassThrough"` hands the gradient to the probabilities (straight-through),
-            `"RelaxedOneHot"` to a relaxed sample.
+            `"RelaxedOneHot"` to a relaxed sample. Values of `rsample` are floating-point ones.
         validate_args: whether to check the parameters; torch's default where it is None.
 
     Raises:
@@ -224,8 +229,20 @@ class OneHotCategorical(_CategoricalBase, D.Categorical):
         return one_hot(index, self._given.shape[-1])
 
     def _draw(self, shape, generator, score, pathwise):
-        index = self._index(shape, generator)
-        return self._value(index), ops.pick(self._scores, index) if score else None
+        if pathwise and self.grad_method == "RelaxedOneHot":
+            with rng.global_stream_from(generator):
+                relaxed = D.RelaxedOneHotCategorical(
+                    torch.ones((), device=self._given.device), logits=self._scores
+                ).rsample(shape)
+            index = relaxed.detach().argmax(-1)
+            value = relaxed + (self._value(index).to(relaxed.dtype) - relaxed.detach())
+        else:
+            index = self._index(shape, generator)
+            value = self._value(index)
+            if pathwise:
+                probs = self.probs
+                value = value + probs - probs.detach()
+        return value, ops.pick(self._scores, index) if score else None
 
     def _point(self, interaction: InteractionType, score: bool):
         if interaction is MEAN:
@@ -237,18 +254,6 @@ class OneHotCategorical(_CategoricalBase, D.Categorical):
             return self.probs, None
         index = self._at(interaction)
         return self._value(index), ops.pick(self._scores, index) if score else None
-
-    def rsample(self, sample_shape: Any = EMPTY) -> Tensor:
-        """One-hot draws with a surrogate gradient, `[*sample, *batch, K]`, floating point."""
-        shape = torch.Size(sample_shape or ())
-        if self.grad_method == "PassThrough":
-            probs = self.probs
-            return self.sample(shape) + probs - probs.detach()
-        relaxed = D.RelaxedOneHotCategorical(
-            torch.ones((), device=self._given.device), logits=self._scores
-        ).rsample(shape)
-        hard = self._value(relaxed.detach().argmax(-1)).to(relaxed.dtype)
-        return relaxed + (hard - relaxed.detach())
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of one-hot vectors, `[*sample, *batch]`."""
