@@ -34,7 +34,8 @@ class Delta(Fused):
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
-    has_rsample = True
+    # As upstream: a module's random value carries no gradient, its deterministic ones do.
+    has_rsample = False
 
     def __init__(
         self,
