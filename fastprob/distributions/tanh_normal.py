@@ -225,6 +225,21 @@ class TanhNormal(Fused):
         )
 
 
+@D.register_kl(TanhNormal, TanhNormal)
+def _kl(p: TanhNormal, q: TanhNormal) -> Tensor:
+    """KL divergence of the Normals before tanh: an invertible map of both leaves it as it is.
+
+    Raises:
+        NotImplementedError: if the bounds differ.
+    """
+    same = p._low is q._low and p._high is q._high
+    if not same and not (torch.equal(p.low, q.low) and torch.equal(p.high, q.high)):
+        raise NotImplementedError(
+            "the KL divergence of two TanhNormals has no closed form where their bounds differ"
+        )
+    return D.kl_divergence(p.base_dist, q.base_dist)
+
+
 def _bounds(low: Any, high: Any, safe: bool, loc: Tensor) -> Bounds:
     """Half width and middle of the interval.
 
