@@ -61,7 +61,7 @@ def read_in_keys(
         return [unravel_key(k) for k in in_keys.values()], list(in_keys)
     try:
         keys = [unravel_key(k) for k in in_keys]
-    except TypeError:
+    except (TypeError, RuntimeError):
         raise TypeError(
             f"{owner} expects in_keys to be a key, a list of keys or a dictionary from "
             f"distribution keywords to keys, got {in_keys!r}"
@@ -81,7 +81,7 @@ def read_out_keys(out_keys: Any, owner: str) -> list[NestedKey]:
         out_keys = [out_keys]
     try:
         return [unravel_key(k) for k in out_keys]
-    except TypeError:
+    except (TypeError, RuntimeError):
         raise TypeError(
             f"{owner} expects out_keys to be a key or a list of keys, got {out_keys!r}"
         ) from None
