@@ -54,9 +54,39 @@ def exponential(shape: torch.Size, like: Tensor, generator: torch.Generator | No
         refuse_generator_under_compile(generator)
         if like.device.type == "cpu":
             return torch.ops.fastprob.exponential(list(shape), like)
-    return torch.empty(shape, dtype=like.dtype, device=like.device).exponential_(
-        1.0, generator=generator
-    )
+    return _buffer(shape, like).exponential_(1.0, generator=generator)
+
+
+def uniform(
+    shape: torch.Size,
+    like: Tensor,
+    generator: torch.Generator | None,
+    low: float = 0.0,
+    high: float = 1.0,
+) -> Tensor:
+    """Uniform noise in `[low, high)`, `shape`, in the dtype of `like` and on its device."""
+    if torch.compiler.is_compiling():
+        refuse_generator_under_compile(generator)
+        if like.device.type == "cpu":
+            return torch.ops.fastprob.uniform(list(shape), like, low, high)
+    return _buffer(shape, like).uniform_(low, high, generator=generator)
+
+
+def bernoulli(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """1 with probability `probs` and 0 otherwise, of the shape and dtype of `probs`."""
+    if torch.compiler.is_compiling():
+        refuse_generator_under_compile(generator)
+        if probs.device.type == "cpu":
+            return torch.ops.fastprob.bernoulli(probs)
+    return torch.bernoulli(probs, generator=generator)
+
+
+def _buffer(shape: torch.Size, like: Tensor) -> Tensor:
+    """Memory for an in-place draw, contiguous."""
+    if shape == like.shape:
+        # vmap batches what is made like a batched tensor, and only that can be drawn into.
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
 def refuse_generator_under_compile(generator: torch.Generator | None) -> None:
@@ -88,20 +118,32 @@ def _exponential_impl(size, like):
     return torch.empty(size, dtype=like.dtype, device=like.device).exponential_()
 
 
-def _fake(size, like):
+def _uniform_impl(size, like, low, high):
+    return torch.empty(size, dtype=like.dtype, device=like.device).uniform_(low, high)
+
+
+def _fake(size, like, low=0.0, high=1.0):
     return torch.empty(size, dtype=like.dtype, device=like.device)
 
 
 # Inductor's own normal generator is scalar on a CPU (56 ms where ATen takes 2.9 for 65536 x 16) and
 # draws other numbers than eager mode; an opaque operator keeps both the speed and the stream.
 _library = torch.library.Library("fastprob", "FRAGMENT")
-for _name, _impl in (("standard_normal", _normal_impl), ("exponential", _exponential_impl)):
-    _library.define(
-        f"{_name}(SymInt[] size, Tensor like) -> Tensor",
-        tags=(torch.Tag.nondeterministic_seeded,),
-    )
+_OPERATORS: tuple[tuple[str, str, Any, Any], ...] = (
+    ("standard_normal", "(SymInt[] size, Tensor like) -> Tensor", _normal_impl, _fake),
+    ("exponential", "(SymInt[] size, Tensor like) -> Tensor", _exponential_impl, _fake),
+    (
+        "uniform",
+        "(SymInt[] size, Tensor like, float low, float high) -> Tensor",
+        _uniform_impl,
+        _fake,
+    ),
+    ("bernoulli", "(Tensor probs) -> Tensor", torch.bernoulli, torch.empty_like),
+)
+for _name, _schema, _impl, _fake_impl in _OPERATORS:
+    _library.define(_name + _schema, tags=(torch.Tag.nondeterministic_seeded,))
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastprob::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"fastprob::{_name}", _fake_impl, lib=_library)
 
 
 @contextlib.contextmanager

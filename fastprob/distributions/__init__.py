@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from fastprob.distributions._base import Fused
 from fastprob.distributions._registry import recognize, resolve
+from fastprob.distributions.bernoulli import Bernoulli
 from fastprob.distributions.categorical import Categorical, OneHotCategorical
 from fastprob.distributions.composite import CompositeDistribution
 from fastprob.distributions.delta import Delta
+from fastprob.distributions.masked_categorical import MaskedCategorical, MaskedOneHotCategorical
 from fastprob.distributions.normal import IndependentNormal, Normal
+from fastprob.distributions.ordinal import OneHotOrdinal, Ordinal
 from fastprob.distributions.tanh_normal import TanhNormal
 
 __all__ = [
+    "Bernoulli",
     "Categorical",
     "CompositeDistribution",
     "Delta",
     "Fused",
     "IndependentNormal",
+    "MaskedCategorical",
+    "MaskedOneHotCategorical",
     "Normal",
     "OneHotCategorical",
+    "OneHotOrdinal",
+    "Ordinal",
     "TanhNormal",
     "recognize",
     "resolve",

@@ -9,32 +9,42 @@ from tensordict.nn import distributions as _tensordict
 from tensordict.nn.distributions import continuous as _tensordict_continuous
 from torch import distributions as D
 
+from fastprob.distributions import bernoulli as _bernoulli
 from fastprob.distributions import categorical as _categorical
 from fastprob.distributions import composite as _composite
 from fastprob.distributions import normal as _normal
 from fastprob.distributions._base import Fused
+from fastprob.distributions.bernoulli import Bernoulli
 from fastprob.distributions.categorical import Categorical, OneHotCategorical
 from fastprob.distributions.composite import CompositeDistribution
 from fastprob.distributions.delta import Delta
+from fastprob.distributions.masked_categorical import MaskedCategorical, MaskedOneHotCategorical
 from fastprob.distributions.normal import IndependentNormal, Normal
+from fastprob.distributions.ordinal import OneHotOrdinal, Ordinal
 from fastprob.distributions.tanh_normal import TanhNormal
 
 # Names for distribution_class="...", in any case.
 _BY_NAME: dict[str, type] = {
     cls.__name__.lower(): cls
     for cls in (
+        Bernoulli,
         Categorical,
         CompositeDistribution,
         Delta,
         IndependentNormal,
+        MaskedCategorical,
+        MaskedOneHotCategorical,
         Normal,
         OneHotCategorical,
+        OneHotOrdinal,
+        Ordinal,
         TanhNormal,
     )
 }
 
 # Classes whose constructor takes what fastprob's takes.
 _SAME: dict[Any, type] = {
+    D.Bernoulli: Bernoulli,
     D.Normal: Normal,
     D.Categorical: Categorical,
     _tensordict_continuous.Delta: Delta,
@@ -47,10 +57,19 @@ _TORCHRL: dict[str, type] = {
     "torchrl.modules.distributions.continuous.Delta": Delta,
     "torchrl.modules.distributions.continuous.IndependentNormal": IndependentNormal,
     "torchrl.modules.distributions.continuous.TanhNormal": TanhNormal,
+    "torchrl.modules.distributions.discrete.MaskedCategorical": MaskedCategorical,
+    "torchrl.modules.distributions.discrete.MaskedOneHotCategorical": MaskedOneHotCategorical,
     "torchrl.modules.distributions.discrete.OneHotCategorical": OneHotCategorical,
+    "torchrl.modules.distributions.discrete.OneHotOrdinal": OneHotOrdinal,
+    "torchrl.modules.distributions.discrete.Ordinal": Ordinal,
 }
 
-_RECOGNIZERS = (_normal.recognize, _categorical.recognize, _composite.recognize_composite)
+_RECOGNIZERS = (
+    _normal.recognize,
+    _categorical.recognize,
+    _composite.recognize_composite,
+    _bernoulli.recognize,
+)
 
 
 def resolve(distribution_class: Any) -> Callable[..., Any]:

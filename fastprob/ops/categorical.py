@@ -15,6 +15,7 @@ from_probs = reference.from_probs
 race = reference.race
 mean_index = reference.mean_index
 median_index = reference.median_index
+median_of = reference.median_of
 pick = reference.pick
 
 

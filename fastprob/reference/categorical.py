@@ -63,6 +63,11 @@ def mean_index(log_probs: Tensor) -> Tensor:
 
 def median_index(log_probs: Tensor) -> Tensor:
     """The smallest index whose cumulative probability reaches 1/2, int64 `[*batch]`."""
+    return median_of(log_probs.exp())
+
+
+def median_of(probs: Tensor) -> Tensor:
+    """The same from probabilities that sum to 1."""
     # A cumulative sum that rounding leaves just below 1/2 still counts as having reached it.
-    half = 0.5 - 4 * torch.finfo(log_probs.dtype).eps
-    return (log_probs.exp().cumsum(-1) < half).sum(-1)
+    half = 0.5 - 4 * torch.finfo(probs.dtype).eps
+    return (probs.cumsum(-1) < half).sum(-1)
