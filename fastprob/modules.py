@@ -255,9 +255,9 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
                     self._missing(key, keyword, tensordict)
             kwargs[keyword if isinstance(keyword, str) else keyword[-1]] = value
         static = self.distribution_kwargs
+        if type(static) is not dict:
+            static = as_dict(static)
         if static:
-            if type(static) is not dict:
-                static = as_dict(static)
             kwargs.update(static)
         try:
             dist = self._build(**kwargs)
