@@ -372,7 +372,9 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         if self._projections is not None:
             items = self._project(items)
         if self.cache_dist and out is not tensordict:
-            items.extend((k, repeat(tensordict.get(k), shape)) for k in self.in_keys)
+            found = ((k, tensordict.get(k, None)) for k in self.in_keys)
+            # A parameter that the distribution can do without may be missing.
+            items.extend((k, repeat(v, shape)) for k, v in found if v is not None)
         if shape is not None:
             out = out.expand(shape + out.shape)
         write(out, items, self)
