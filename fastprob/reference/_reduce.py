@@ -69,7 +69,8 @@ def affine_sum(x: Tensor, ndims: int, bias: float, alpha: int, plain: bool | Non
     n = shape[-1] if ndims == 1 else event_numel(shape, ndims)
     if plain is None:
         plain = plain_tensors_only()
-    if plain and n > 0 and x.dtype in _BLAS_DTYPES and x.is_cpu:
+    # numel: addmv of no rows takes the shape of the offset.
+    if plain and x.numel() and x.dtype in _BLAS_DTYPES and x.is_cpu:
         key = (n, x.dtype)
         ones = _ONES.get(key)
         if ones is None:
