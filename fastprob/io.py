@@ -12,13 +12,10 @@ from tensordict.utils import NestedKey
 
 Items = list[tuple[NestedKey, Any]]
 
-_mode = _nn_utils._skip_existing
-
-
-def skip_existing() -> bool:
-    """Whether `set_skip_existing(True)` is in force."""
-    # tensordict 0.14 takes a lock to read this attribute, 0.15 reads it as here: 0.3 us a call.
-    return bool(_mode._mode)
+# Its `_mode` says whether `set_skip_existing(True)` is in force. tensordict 0.14 takes a lock to
+# read the attribute, 0.15 does not: 0.9 us a call.
+skip_existing = _nn_utils._skip_existing
+_is_compiling = torch.compiler.is_compiling
 
 
 def can_skip(module: Any, tensordict: Any) -> bool:
@@ -51,8 +48,8 @@ def write(out: Any, items: Items, owner: Any) -> None:
                 "batch size. Give the tensordict fewer batch dimensions, or the distribution fewer "
                 "event dimensions."
             )
-    if type(out) is TensorDict and not out.is_locked and not torch.compiler.is_compiling():
-        device = out.device
+    if type(out) is TensorDict and not out._is_locked and not _is_compiling():
+        device = out._device
         for key, value in items:
             if type(key) is str and (device is None or value.device == device):
                 # The checks that set() makes were made above: 0.2 us in place of 1.6 each.

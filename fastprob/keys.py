@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from tensordict import unravel_key
-from tensordict.nn import composite_lp_aggregate
 from tensordict.nn import utils as _nn_utils
 from tensordict.utils import NestedKey
+
+_switch = _nn_utils._composite_lp_aggregate
 
 SUM_KEY = "sample_log_prob"
 
@@ -18,7 +19,7 @@ def composite_switch() -> bool | None:
 
     tensordict's own `composite_lp_aggregate()` answers False in the last two cases alike.
     """
-    mode = _nn_utils._composite_lp_aggregate.get_mode()
+    mode = _switch.get_mode()
     return None if mode is None else bool(mode)
 
 
@@ -100,6 +101,7 @@ class LogProbKeys:
 
     Attributes:
         aggregate: the switch as a boolean at construction, for noticing a change.
+        only: the single key of a log-probability, or None where there are several and no sum.
         each: one key per sampled key, or None where only the sum has one.
         total: the key of the sum, or None where there is none.
     """
@@ -123,8 +125,9 @@ class LogProbKeys:
             if switch:
                 raise RuntimeError(
                     f"{owner} got log_prob_keys={log_prob_keys} while composite_lp_aggregate is "
-                    "True: the log-probabilities are summed into one entry then, which log_prob_key "
-                    "names. Pass log_prob_key, or call set_composite_lp_aggregate(False).set()."
+                    "True: the log-probabilities are summed into one entry then, which "
+                    "log_prob_key names. Pass log_prob_key, or call "
+                    "set_composite_lp_aggregate(False).set()."
                 )
             log_prob_keys = [unravel_key(k) for k in log_prob_keys]
             if len(log_prob_keys) != len(sample_keys):
@@ -159,6 +162,10 @@ class LogProbKeys:
             self.total = None
             if switch is None:
                 self.total = SUM_KEY if log_prob_key is None else log_prob_key
+        # The key of a lone tensor's log-probability; None where there is no such key.
+        self.only = self.total
+        if self.only is None and self.each is not None and one:
+            self.only = self.each[0]
 
     def written(self) -> list[NestedKey]:
         """Every key that a scored call is sure to write, in the order of writing."""
@@ -176,7 +183,8 @@ class LogProbKeys:
         Raises:
             RuntimeError: naming both values.
         """
-        now = composite_lp_aggregate(nowarn=True)
+        # The attribute, not composite_lp_aggregate(), which takes a lock: 1 us a call.
+        now = bool(_switch._mode)
         if now != self.aggregate:
             raise RuntimeError(
                 f"composite_lp_aggregate() was {self.aggregate} when this {self.owner} was built "
@@ -190,11 +198,8 @@ class LogProbKeys:
         Raises:
             RuntimeError: if there are several and no sum.
         """
-        if self.total is not None:
-            return self.total
-        assert self.each is not None
-        if len(self.each) == 1:
-            return self.each[0]
+        if self.only is not None:
+            return self.only
         raise RuntimeError(
             f"this {self.owner} writes one log-probability for each sampled key and no sum, since "
             f"composite_lp_aggregate is False, so that it has no single log_prob_key; use "

@@ -12,7 +12,6 @@ from tensordict import TensorDict, TensorDictBase, is_tensor_collection, unravel
 from tensordict.nn import CompositeDistribution as _UpstreamComposite
 from tensordict.nn import InteractionType, dispatch
 from tensordict.nn import probabilistic as _upstream
-from tensordict.nn.probabilistic import interaction_type
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torch import distributions as D
@@ -20,11 +19,13 @@ from torch import distributions as D
 from fastprob.distributions import CompositeDistribution, Delta, recognize, resolve
 from fastprob.distributions._base import EMPTY, MEAN, RANDOM, Fused
 from fastprob.distributions.composite import sum_parts
-from fastprob.interaction import read_type, take
+from fastprob.interaction import current_type, read_type, take
 from fastprob.io import Items, as_dict, can_skip, leaves, repeat, skip_existing, write
 from fastprob.keys import LogProbKeys, read_in_keys, read_out_keys, with_suffix
 from fastprob.rng import Stream
 
+# Stands for an argument that was not given: the positional ones may be the parameters themselves.
+_UNSET: Any = object()
 Projections = Mapping[NestedKey, Callable[[Tensor], Tensor]]
 
 
@@ -302,17 +303,25 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
 
     # calls ----------------------------------------------------------------------------------
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        tensordict: Any = _UNSET,
+        tensordict_out: Any = _UNSET,
+        _requires_sample: Any = _UNSET,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """Takes a value, scores it, projects it, and writes it.
 
-        Signature: `forward(tensordict, tensordict_out=None, _requires_sample=True)`. Also callable
-        with the parameters themselves, as keywords or in the order of `in_keys`; it returns the
-        tensors under `out_keys` then.
+        Also callable with the parameters themselves, as keywords or in the order of `in_keys`; it
+        returns the tensors under `out_keys` then.
 
         Args:
             tensordict: holds the parameters; the results are written to it.
             tensordict_out: where the results are written instead.
             _requires_sample: if False, the value is read from the tensordict, and only scored.
+            *args: parameters, in a call without a tensordict.
+            **kwargs: parameters by name, likewise.
 
         Returns:
             the tensordict that was written to. With `num_samples`, an expanded one.
@@ -324,29 +333,27 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
                 spec.
             RuntimeError: if a result does not fit the batch size of the tensordict.
         """
-        if args:
-            if type(args[0]) is TensorDict or is_tensor_collection(args[0]):
-                return self._call(*args, **kwargs)
-        elif is_tensor_collection(kwargs.get("tensordict")):
-            return self._call(**kwargs)
-        return self._dispatched(*args, **kwargs)
-
-    def _call(
-        self, tensordict: Any, tensordict_out: Any = None, _requires_sample: bool = True
-    ) -> Any:
-        if skip_existing() and can_skip(self, tensordict):
+        if (
+            kwargs
+            or args
+            or not (type(tensordict) is TensorDict or is_tensor_collection(tensordict))
+        ):
+            return self._dispatch(tensordict, tensordict_out, _requires_sample, args, kwargs)
+        if tensordict_out is _UNSET:
+            tensordict_out = None
+        if skip_existing._mode and can_skip(self, tensordict):
             return self._project_existing(tensordict)
         dist = self.get_dist(tensordict)
         score = self.return_log_prob
         if score:
             self._lp.check_unchanged("where the log-probability goes")
         out = tensordict if tensordict_out is None else tensordict_out
-        if not _requires_sample:
+        if _requires_sample is not _UNSET and not _requires_sample:
             return self._score_existing(dist, tensordict, out)
         if not isinstance(dist, Fused):
             # An overridden get_dist may return any distribution.
             dist = recognize(dist)
-        interaction = interaction_type()
+        interaction = current_type()
         if interaction is None:
             interaction = self.default_interaction_type
         generator = successor = None
@@ -366,7 +373,7 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         if isinstance(value, Tensor):
             items: Items = [(self._sample_key(), value)]
             if score:
-                items.append((self._lp.single(), log_prob))
+                items.append((self._lp.only or self._lp.single(), log_prob))
         else:
             items = self._gather(dist, value, log_prob)
         if self._projections is not None:
@@ -382,8 +389,22 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             self._stream.close(tensordict, generator, successor)  # type: ignore[union-attr]
         return out
 
-    _dispatched = dispatch(auto_batch_size=False)(_call)
-    forward.__signature__ = inspect.signature(_call)  # type: ignore[attr-defined]
+    def _dispatch(self, first: Any, second: Any, third: Any, rest: tuple, named: dict) -> Any:
+        """A call with tensors: the positional ones are parameters, not what `forward` names."""
+        if is_tensor_collection(second):
+            named["tensordict_out"], second = second, _UNSET
+        if isinstance(third, bool):
+            named["_requires_sample"], third = third, _UNSET
+        given = (a for a in (first, second, third, *rest) if a is not _UNSET)
+        return self._dispatched(*given, **named)
+
+    @dispatch(auto_batch_size=False)
+    def _dispatched(
+        self, tensordict: Any, tensordict_out: Any = None, _requires_sample: bool = True
+    ) -> Any:
+        return self.forward(tensordict, tensordict_out, _requires_sample)
+
+    forward.__signature__ = inspect.signature(_dispatched)  # type: ignore[attr-defined]
 
     def _sample_key(self) -> NestedKey:
         keys = self._out_keys

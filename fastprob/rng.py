@@ -18,6 +18,8 @@ from tensordict.tensorclass import is_non_tensor
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+_is_compiling = torch.compiler.is_compiling
+
 
 def standard_normal(
     shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator | None = None
@@ -35,17 +37,20 @@ def standard_normal(
     Raises:
         TypeError: if the dtype of `like` is not a floating-point one.
     """
-    if not like.dtype.is_floating_point:
+    if _is_compiling():
+        return _compiled_normal(shape, like, generator)
+    try:
+        if generator is None and shape == like.shape:
+            # 0.7 us less than torch.randn(shape, dtype=, device=) on a 16 x 8 tensor.
+            return torch.randn_like(like, memory_format=torch.contiguous_format)
+        return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+    except RuntimeError:
+        if like.dtype.is_floating_point:
+            raise
         raise TypeError(
             f"random sampling needs floating-point parameters, got dtype {like.dtype}; "
             "convert them, for instance with .float()"
-        )
-    if torch.compiler.is_compiling():
-        return _compiled_normal(shape, like, generator)
-    if generator is None and shape == like.shape and like.is_contiguous():
-        # 0.7 us less than torch.randn(shape, dtype=, device=) on a 16 x 8 tensor.
-        return torch.randn_like(like)
-    return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+        ) from None
 
 
 def exponential(shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -98,7 +98,7 @@ class SafeProbabilisticModule(_HasSpec, ProbabilisticTensorDictModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(in_keys, out_keys, **kwargs)
-        if spec is not None and _is_composite(spec) and "_" in spec.keys():
+        if spec is not None and _is_composite(spec) and "_" in list(spec.keys()):
             warnings.warn('the entry "_" of the spec is ignored', UserWarning, stacklevel=2)
         self.safe = safe
         self._set_spec(as_composite(spec, self._out_keys))
@@ -156,7 +156,7 @@ class SafeProbabilisticModule(_HasSpec, ProbabilisticTensorDictModule):
     def to(self, *args: Any, **kwargs: Any) -> SafeProbabilisticModule:
         """Moves the module and its spec."""
         super().to(*args, **kwargs)
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and any(v is not None for v in self._spec.values()):
             self._set_spec(self._spec.to(device))
         return self

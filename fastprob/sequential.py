@@ -310,6 +310,7 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
             tensordict_out: where the log-probability is also written; the input is not written to
                 then.
             dist: the distribution, if it was built already.
+            **kwargs: handed to the last module's `log_prob`.
 
         Returns:
             `[*batch]`, in nats, of the last module. With `return_composite` or a
@@ -345,8 +346,8 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
         inputs themselves, as keywords or in the order of `in_keys`.
 
         Args:
-            tensordict: the input; the results are written to it.
-            tensordict_out: where the results are written instead.
+            *args: the input tensordict, to which the results are written, and where they are
+                written instead.
             **kwargs: handed to the modules that are not probabilistic, with `return_composite`.
 
         Returns:
@@ -360,7 +361,7 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
         return self._dispatched(*args, **kwargs)
 
     def _call(self, tensordict: Any, tensordict_out: Any = None, **kwargs: Any) -> Any:
-        if skip_existing() and can_skip(self, tensordict):
+        if skip_existing._mode and can_skip(self, tensordict):
             return tensordict
         current = tensordict
         if tensordict_out is not None or self._select_before_return:

@@ -46,7 +46,7 @@ class _NormalBase(Fused):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of `value`, `[*sample, *batch]`."""
-        if self._validate_args and not torch.compiler.is_compiling():
+        if self._checks(value):
             self._validate_sample(value)
         return ops.log_prob(self.loc, self.scale, value, self._ndims)
 
@@ -55,16 +55,12 @@ class _NormalBase(Fused):
         return ops.entropy(self.scale, self._ndims)
 
     def _set(self, name: str, loc: Any, scale: Any, ndims: int) -> None:
-        try:
-            plain = loc.shape == scale.shape and loc.dtype is scale.dtype
-        except AttributeError:
-            plain = False
-        if not plain or loc.device != scale.device:
+        if not _alike(loc, scale):
             loc, scale = broadcast(name, loc=loc, scale=scale)
         self.loc = loc
         self.scale = scale
         self._ndims = ndims
-        if self._validate_args and loc.is_cpu and not torch.compiler.is_compiling():
+        if self._checks(loc):
             check_real(name, "loc", loc)
             check_positive(name, "scale", scale)
 
@@ -151,10 +147,18 @@ class IndependentNormal(_NormalBase, D.Independent):
             self._validate_args = validate_args
         self.tanh_loc = tanh_loc
         self.upscale = upscale
-        self._assign(loc, scale, event_dim)
+        if not self._validate_args and _alike(loc, scale) and event_dim <= loc.ndim:
+            # Nothing to convert and nothing to check: two frames fewer on the way of a call.
+            self.loc = loc
+            self.scale = scale
+            self._ndims = event_dim
+        else:
+            self._assign(loc, scale, event_dim)
 
     def _assign(self, loc: Tensor, scale: Any, event_dim: int) -> None:
-        self._set(type(self).__name__, loc, as_scale(scale, loc), event_dim)
+        if not _alike(loc, scale):
+            scale = as_scale(scale, loc)
+        self._set(type(self).__name__, loc, scale, event_dim)
         if event_dim > self.loc.ndim:
             raise ValueError(
                 f"{type(self).__name__} expects at least event_dim={event_dim} dimensions in its "
@@ -248,6 +252,18 @@ class Independent(IndependentNormal):
             event_dim=reinterpreted_batch_ndims,
             validate_args=validate_args,
         )
+
+
+def _alike(loc: Any, scale: Any) -> bool:
+    """Whether both are tensors of one shape and dtype on one device: nothing to broadcast."""
+    return (
+        isinstance(scale, Tensor)
+        and isinstance(loc, Tensor)
+        and loc.shape == scale.shape
+        and loc.dtype is scale.dtype
+        # Two flags in place of two device objects: 0.2 us.
+        and ((loc.is_cpu and scale.is_cpu) or loc.device == scale.device)
+    )
 
 
 def _bare(cls: type) -> Any:

@@ -21,13 +21,15 @@ from torch import Tensor
 from fastprob.ops._autograd import over_event, sum_to, wants_function
 from fastprob.reference import normal as reference
 
+_grad_enabled = torch.is_grad_enabled
+
 
 class _SampleScore(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loc: Tensor, scale: Tensor, noise: Tensor, ndims: int):
         ctx.save_for_backward(scale, noise)
         ctx.loc_shape, ctx.ndims = loc.shape, ndims
-        return reference.sample(loc, scale, noise), reference.score_noise(scale, noise, ndims)
+        return reference.sample_score(loc, scale, noise, ndims)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
@@ -96,9 +98,9 @@ def sample_score(loc: Tensor, scale: Tensor, noise: Tensor, ndims: int) -> tuple
     Returns:
         value `[*sample, *batch, *event]`, log-density `[*sample, *batch]`.
     """
-    if wants_function(loc, scale):
+    if _grad_enabled() and wants_function(loc, scale):
         return _SampleScore.apply(loc, scale, noise, ndims)
-    return reference.sample(loc, scale, noise), reference.score_noise(scale, noise, ndims)
+    return reference.sample_score(loc, scale, noise, ndims)
 
 
 def log_prob(loc: Tensor, scale: Tensor, value: Tensor, ndims: int) -> Tensor:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ONES: dict[tuple, Tensor] = {}
-_BIAS: dict[tuple, Tensor] = {}
+_is_compiling = torch.compiler.is_compiling
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+
+_VECTORS: dict[tuple, tuple[Tensor, Tensor]] = {}
 # BLAS covers these two; half precisions are summed by ATen, which accumulates them in fp32.
 _BLAS_DTYPES = (torch.float32, torch.float64)
 
@@ -22,7 +24,7 @@ def plain_tensors_only() -> bool:
     In-place fusions, cached constants and `autograd.Function` subclasses belong to plain eager
     mode; everything that traces or batches gets the out-of-place formula instead.
     """
-    return not torch.compiler.is_compiling() and not torch._C._functorch.peek_interpreter_stack()
+    return not _is_compiling() and _functorch_level() is None
 
 
 def sum_rightmost(x: Tensor, ndims: int) -> Tensor:
@@ -50,6 +52,17 @@ def event_numel(shape: torch.Size, ndims: int) -> int:
     return n
 
 
+def _vectors(n: int, bias: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Makes a vector of n ones and the scalar `n * bias`, and keeps them."""
+    if len(_VECTORS) > 4096:
+        _VECTORS.clear()
+    # An inference tensor could not be saved for a later backward pass.
+    with torch.inference_mode(False), torch.no_grad():
+        made = torch.ones(n, dtype=dtype), torch.tensor(n * bias, dtype=dtype)
+    _VECTORS[(n, bias, dtype)] = made
+    return made
+
+
 def affine_sum(x: Tensor, ndims: int, bias: float, alpha: int, plain: bool | None = None) -> Tensor:
     """`event_numel * bias + alpha * sum(x)` over the last `ndims` dimensions.
 
@@ -70,26 +83,11 @@ def affine_sum(x: Tensor, ndims: int, bias: float, alpha: int, plain: bool | Non
     if plain is None:
         plain = plain_tensors_only()
     # numel: addmv of no rows takes the shape of the offset.
-    if plain and x.numel() and x.dtype in _BLAS_DTYPES and x.is_cpu:
-        key = (n, x.dtype)
-        ones = _ONES.get(key)
-        if ones is None:
-            # An inference tensor could not be saved for a later backward pass.
-            with torch.inference_mode(False), torch.no_grad():
-                ones = _ONES[key] = torch.ones(n, dtype=x.dtype)
-        key = (n * bias, x.dtype)
-        offset = _BIAS.get(key)
-        if offset is None:
-            if len(_BIAS) > 4096:
-                _BIAS.clear()
-            with torch.inference_mode(False), torch.no_grad():
-                offset = _BIAS[key] = torch.tensor(n * bias, dtype=x.dtype)
+    if plain and x.numel() and x.is_cpu and x.dtype in _BLAS_DTYPES:
+        ones, offset = _VECTORS.get((n, bias, x.dtype)) or _vectors(n, bias, x.dtype)
         if len(shape) == 2 and ndims == 1:
             return torch.addmv(offset, x, ones, alpha=alpha)
         batch = shape[: len(shape) - ndims]
-        rows = 1
-        for size in batch:
-            rows *= size
-        return torch.addmv(offset, x.reshape(rows, n), ones, alpha=alpha).view(batch)
+        return torch.addmv(offset, x.reshape(-1, n), ones, alpha=alpha).view(batch)
     total = sum_rightmost(x, ndims)
     return total.mul(alpha).add(n * bias) if alpha != 1 else total.add(n * bias)
