@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributions as D
 
 from fastprob.distributions import CompositeDistribution, Delta, recognize, resolve
-from fastprob.distributions._base import EMPTY, MEAN, RANDOM, Fused
+from fastprob.distributions._base import EMPTY, MEDIAN, MODE, RANDOM, Fused
 from fastprob.distributions.composite import sum_parts
 from fastprob.interaction import current_type, read_type, take
 from fastprob.io import Items, as_dict, can_skip, leaves, repeat, skip_existing, write
@@ -27,6 +27,15 @@ from fastprob.rng import Stream
 # Stands for an argument that was not given: the positional ones may be the parameters themselves.
 _UNSET: Any = object()
 Projections = Mapping[NestedKey, Callable[[Tensor], Tensor]]
+
+
+def _draws(dist: D.Distribution, interaction: InteractionType) -> bool:
+    """Whether a value may need noise: a random one, or a mean without a closed form."""
+    if interaction is RANDOM or interaction is MODE or interaction is MEDIAN:
+        return interaction is RANDOM
+    if isinstance(dist, _UpstreamComposite):
+        return any(_draws(part, interaction) for part in dist.dists.values())
+    return not isinstance(dist, Fused)
 
 
 class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
@@ -357,9 +366,7 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         if interaction is None:
             interaction = self.default_interaction_type
         generator = successor = None
-        if self._stream is not None and (
-            interaction is RANDOM or (interaction is MEAN and not isinstance(dist, Fused))
-        ):
+        if self._stream is not None and _draws(dist, interaction):
             generator, successor = self._stream.open(tensordict, self.in_keys)
         shape = self.num_samples
         value, log_prob = take(
