@@ -393,7 +393,9 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             out = out.expand(shape + out.shape)
         write(out, items, self)
         if successor is not None:
-            self._stream.close(tensordict, generator, successor)  # type: ignore[union-attr]
+            expanded = shape is not None and tensordict_out is None
+            holders = (tensordict, out) if expanded else (tensordict,)
+            self._stream.close(holders, generator, successor)  # type: ignore[union-attr]
         return out
 
     def _dispatch(self, first: Any, second: Any, third: Any, rest: tuple, named: dict) -> Any:

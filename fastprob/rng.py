@@ -271,13 +271,22 @@ class Stream:
             f"tensor, got {type(value).__name__}"
         )
 
-    def close(self, tensordict: Any, generator: torch.Generator, was_tensor: bool) -> None:
-        """Writes the seed of the next call back to the tensordict."""
+    def close(
+        self, tensordicts: Sequence[Any], generator: torch.Generator, was_tensor: bool
+    ) -> None:
+        """Writes the seed of the next call under the key of each of the tensordicts."""
         assert self.key is not None
         seed = torch.randint(
             0, 2**62, (), generator=generator, dtype=torch.int64, device=generator.device
         )
-        tensordict.set(self.key, seed if was_tensor else NonTensorData(int(seed)))
+        for tensordict in tensordicts:
+            batch_size = tensordict.batch_size
+            tensordict.set(
+                self.key,
+                seed.expand(batch_size)
+                if was_tensor
+                else NonTensorData(int(seed), batch_size=batch_size),
+            )
 
 
 def _device_of(tensordict: Any, keys: Sequence[NestedKey]) -> torch.device:

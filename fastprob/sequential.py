@@ -292,7 +292,7 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
             current = current.expand(shape + current.shape)
         write(current, items, module)
         if successor is not None:
-            stream.close(current, generator, successor)
+            stream.close((current,), generator, successor)
         return current
 
     def log_prob(
