@@ -53,7 +53,9 @@ class _CategoricalBase(Fused):
         scores = self._log_probs
         if scores is None:
             scores = (ops.from_probs if self._from_probs else ops.normalize)(self._given)
-            self._log_probs = scores
+            # What was worked out under no_grad must not answer a later call that needs a gradient.
+            if scores.requires_grad or not self._given.requires_grad:
+                self._log_probs = scores
         return scores
 
     @property
@@ -83,6 +85,9 @@ class _CategoricalBase(Fused):
 
     def _index(self, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
         """Draws indices, int64 `[*shape, *batch]`."""
+        if not self._from_probs:
+            # Worked out here and kept, so that scoring does not do so again.
+            _ = self._scores
         with torch.no_grad():
             probs = self.probs
             if shape.numel() == 1 and not torch._C._functorch.peek_interpreter_stack():
