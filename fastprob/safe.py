@@ -179,9 +179,9 @@ class SafeProbabilisticTensorDictSequential(_HasSpec, ProbabilisticTensorDictSeq
         merged: Any = None
         entries: dict[NestedKey, Any] = {}
         for module in self._modules_now():
+            entries.update(dict.fromkeys(module.out_keys))
             own = getattr(module, "spec", None)
             if own is None or not _is_composite(own):
-                entries.update(dict.fromkeys(module.out_keys))
                 continue
             if merged is None or type(merged) is Composite:
                 merged = own
