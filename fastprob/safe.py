@@ -115,7 +115,7 @@ class SafeProbabilisticModule(_HasSpec, ProbabilisticTensorDictModule):
                 f"spec must be a Composite with the keys {self._out_keys}, got "
                 f"{type(spec).__name__}; wrap it as Composite({{key: spec}})"
             )
-        self._set_spec(spec)
+        self._set_spec(as_composite(spec, self._out_keys))
 
     def _set_spec(self, spec: Any) -> None:
         plan = projection_plan(spec)
