@@ -12,6 +12,7 @@ from fastprob.distributions.masked_categorical import MaskedCategorical, MaskedO
 from fastprob.distributions.normal import IndependentNormal, Normal
 from fastprob.distributions.ordinal import OneHotOrdinal, Ordinal
 from fastprob.distributions.tanh_normal import TanhNormal
+from fastprob.distributions.truncated_normal import TruncatedNormal
 
 __all__ = [
     "Bernoulli",
@@ -27,6 +28,7 @@ __all__ = [
     "OneHotOrdinal",
     "Ordinal",
     "TanhNormal",
+    "TruncatedNormal",
     "recognize",
     "resolve",
 ]

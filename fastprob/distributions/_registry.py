@@ -22,6 +22,7 @@ from fastprob.distributions.masked_categorical import MaskedCategorical, MaskedO
 from fastprob.distributions.normal import IndependentNormal, Normal
 from fastprob.distributions.ordinal import OneHotOrdinal, Ordinal
 from fastprob.distributions.tanh_normal import TanhNormal
+from fastprob.distributions.truncated_normal import TruncatedNormal
 
 # Names for distribution_class="...", in any case.
 _BY_NAME: dict[str, type] = {
@@ -39,6 +40,7 @@ _BY_NAME: dict[str, type] = {
         OneHotOrdinal,
         Ordinal,
         TanhNormal,
+        TruncatedNormal,
     )
 }
 
@@ -57,6 +59,7 @@ _TORCHRL: dict[str, type] = {
     "torchrl.modules.distributions.continuous.Delta": Delta,
     "torchrl.modules.distributions.continuous.IndependentNormal": IndependentNormal,
     "torchrl.modules.distributions.continuous.TanhNormal": TanhNormal,
+    "torchrl.modules.distributions.continuous.TruncatedNormal": TruncatedNormal,
     "torchrl.modules.distributions.discrete.MaskedCategorical": MaskedCategorical,
     "torchrl.modules.distributions.discrete.MaskedOneHotCategorical": MaskedOneHotCategorical,
     "torchrl.modules.distributions.discrete.OneHotCategorical": OneHotCategorical,
