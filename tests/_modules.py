@@ -86,6 +86,7 @@ def raises_and_writes_nothing(
     """Expects an error whose message holds all `parts`, and an untouched tensordict."""
     with unchanged(td), pytest.raises(kind) as caught:
         yield
-    said = str(caught.value)
+    # A KeyError prints the repr of its message.
+    said = caught.value.args[0] if isinstance(caught.value, KeyError) else str(caught.value)
     for part in parts:
         assert part in said, f"{part!r} is not in the message: {said}"
