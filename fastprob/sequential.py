@@ -367,6 +367,9 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
         if tensordict_out is not None or self._select_before_return:
             current = tensordict.copy()
         modules, sample = self._plan()
+        if kwargs:
+            # A sequence around this one, where the value is there already.
+            sample = kwargs.pop("_requires_sample", True) and sample
         if self.return_composite:
             for module in modules:
                 if isinstance(module, _upstream.ProbabilisticTensorDictModule):
@@ -375,7 +378,9 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
                     current = self._run_one(module, current, **kwargs)
         else:
             current = self.get_dist_params(current, **kwargs)
-            current = self._run_one(modules[-1], current, _requires_sample=sample)
+            # Said only where it is not the default: a sequence of upstream's does not take it.
+            only_score = {} if sample else {"_requires_sample": False}
+            current = self._run_one(modules[-1], current, **only_score)
         if self.inplace is True:
             tensordict_out = tensordict
         elif self.inplace is False:
