@@ -246,9 +246,12 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
             RuntimeError: if no module is probabilistic.
         """
         if not self.return_composite:
-            return self.build_dist_from_params(
-                self.get_dist_params(tensordict, tensordict_out, **kwargs)
-            )
+            params = self.get_dist_params(tensordict, tensordict_out, **kwargs)
+            last = self._last_module
+            if isinstance(last, _upstream.ProbabilisticTensorDictSequential):
+                # Its own modules have not run yet.
+                return last.get_dist(params)
+            return self.build_dist_from_params(params)
         current: Any = tensordict.copy()
         dists: dict[NestedKey, D.Distribution] = {}
         modules = self._modules_now()
