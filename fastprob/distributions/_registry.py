@@ -10,17 +10,20 @@ from tensordict.nn.distributions import continuous as _tensordict_continuous
 from torch import distributions as D
 
 from fastprob.distributions import bernoulli as _bernoulli
+from fastprob.distributions import beta as _beta
 from fastprob.distributions import categorical as _categorical
 from fastprob.distributions import composite as _composite
 from fastprob.distributions import normal as _normal
 from fastprob.distributions._base import Fused
 from fastprob.distributions.bernoulli import Bernoulli
+from fastprob.distributions.beta import Beta
 from fastprob.distributions.categorical import Categorical, OneHotCategorical
 from fastprob.distributions.composite import CompositeDistribution
 from fastprob.distributions.delta import Delta
 from fastprob.distributions.masked_categorical import MaskedCategorical, MaskedOneHotCategorical
 from fastprob.distributions.normal import IndependentNormal, Normal
 from fastprob.distributions.ordinal import OneHotOrdinal, Ordinal
+from fastprob.distributions.tanh_delta import TanhDelta
 from fastprob.distributions.tanh_normal import TanhNormal
 from fastprob.distributions.truncated_normal import TruncatedNormal
 
@@ -29,6 +32,7 @@ _BY_NAME: dict[str, type] = {
     cls.__name__.lower(): cls
     for cls in (
         Bernoulli,
+        Beta,
         Categorical,
         CompositeDistribution,
         Delta,
@@ -39,6 +43,7 @@ _BY_NAME: dict[str, type] = {
         OneHotCategorical,
         OneHotOrdinal,
         Ordinal,
+        TanhDelta,
         TanhNormal,
         TruncatedNormal,
     )
@@ -47,6 +52,7 @@ _BY_NAME: dict[str, type] = {
 # Classes whose constructor takes what fastprob's takes.
 _SAME: dict[Any, type] = {
     D.Bernoulli: Bernoulli,
+    D.Beta: Beta,
     D.Normal: Normal,
     D.Categorical: Categorical,
     _tensordict_continuous.Delta: Delta,
@@ -58,6 +64,7 @@ _SAME: dict[Any, type] = {
 _TORCHRL: dict[str, type] = {
     "torchrl.modules.distributions.continuous.Delta": Delta,
     "torchrl.modules.distributions.continuous.IndependentNormal": IndependentNormal,
+    "torchrl.modules.distributions.continuous.TanhDelta": TanhDelta,
     "torchrl.modules.distributions.continuous.TanhNormal": TanhNormal,
     "torchrl.modules.distributions.continuous.TruncatedNormal": TruncatedNormal,
     "torchrl.modules.distributions.discrete.MaskedCategorical": MaskedCategorical,
@@ -72,6 +79,7 @@ _RECOGNIZERS = (
     _categorical.recognize,
     _composite.recognize_composite,
     _bernoulli.recognize,
+    _beta.recognize,
 )
 
 

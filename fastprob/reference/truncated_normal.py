@@ -9,7 +9,8 @@ A Normal cut to [low, high]. With a = (low - loc) / scale, b = (high - loc) / sc
 Everything is measured from c, not from 0: far out in a tail z^2 / 2 and log(M) + c^2 / 2 are both
 5e5 at z = 1000 and their difference is what counts. For t = |c| and w = b - a, on one side of 0,
 
-    M = m(t) (1 - r),  m(t) = sqrt(pi / 2) erfcx(t / sqrt(2)),  r = exp(-w (t + w / 2)) m(t+w) / m(t)
+    M = m(t) (1 - r)
+    m(t) = sqrt(pi / 2) erfcx(t / sqrt(2)),    r = exp(-w (t + w / 2)) m(t + w) / m(t)
 
 is exact however far out; up to t = TAIL the difference of two erfc is as good and half the price.
 All of it runs in float64: what is lost to cancellation there stays below float32's rounding.
@@ -137,7 +138,7 @@ def _mills(t: Tensor) -> Tensor:
 
 
 def _excess(t: Tensor, hazard: Tensor) -> Tensor:
-    """`1 / m(t) - t`: the difference up to TAIL, which costs 900 eps there; beyond, its fraction."""
+    """`1 / m(t) - t`: the difference up to TAIL, at a cost of 900 eps; beyond, its fraction."""
     far = t >= TAIL
     if not _some(far):
         return hazard - t
