@@ -34,7 +34,7 @@ def read_type(value: Any, argument: str) -> InteractionType:
     try:
         return InteractionType(value)
     except ValueError:
-        known = ", ".join(repr(t.value) for t in InteractionType)
+        known = ", ".join(repr(t.value) for t in InteractionType.__members__.values())
         raise ValueError(
             f"{argument} must be an InteractionType or one of {known}, got {value!r}"
         ) from None

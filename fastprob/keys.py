@@ -27,12 +27,12 @@ def with_suffix(key: NestedKey, suffix: str) -> NestedKey:
     """`key` with `suffix` appended to its last part."""
     if isinstance(key, str):
         return key + suffix
-    return (*key[:-1], key[-1] + suffix)
+    return (*key[:-1], with_suffix(key[-1], suffix))
 
 
 def read_in_keys(
     in_keys: NestedKey | Sequence[NestedKey] | dict[str, NestedKey], owner: str
-) -> tuple[list[NestedKey], list[NestedKey]]:
+) -> tuple[list[Any], list[Any]]:
     """Splits `in_keys` into the tensordict's keys and the distribution's keywords.
 
     Args:

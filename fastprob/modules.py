@@ -118,7 +118,7 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
     ) -> None:
         # Past the constructor of tensordict's class, whose rules for keys are the other ones.
         super(_upstream.ProbabilisticTensorDictModule, self).__init__()
-        owner = type(self).__name__
+        owner: str = type(self).__name__  # type: ignore[assignment]
         if default_interaction_mode is not None:
             if default_interaction_type is not None:
                 raise TypeError(
@@ -203,7 +203,8 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
 
     @out_keys.setter
     def out_keys(self, value: Sequence[NestedKey]) -> None:
-        self._out_keys = read_out_keys(value, type(self).__name__)
+        owner: str = type(self).__name__  # type: ignore[assignment]
+        self._out_keys = read_out_keys(value, owner)
 
     @property
     def log_prob_key(self) -> NestedKey:
@@ -250,8 +251,8 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             KeyError: if a key is missing, naming those that are there.
             TypeError: if the keywords do not match the distribution's.
         """
-        kwargs: dict[str, Any] = {}
-        direct = (
+        kwargs: dict[Any, Any] = {}
+        direct: Any = (
             tensordict._tensordict
             if type(tensordict) is TensorDict and not torch.compiler.is_compiling()
             else None
@@ -279,7 +280,7 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         """The same as `get_dist`, also where a subclass overrides that."""
         return self.get_dist(tensordict)
 
-    def _missing(self, key: NestedKey, keyword: NestedKey, tensordict: Any) -> None:
+    def _missing(self, key: NestedKey, keyword: Any, tensordict: Any) -> None:
         """Raises for a missing in-key, unless the distribution can do without it."""
         keyword = keyword if isinstance(keyword, str) else keyword[-1]
         try:

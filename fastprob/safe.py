@@ -156,7 +156,7 @@ class SafeProbabilisticModule(_HasSpec, ProbabilisticTensorDictModule):
     def to(self, *args: Any, **kwargs: Any) -> SafeProbabilisticModule:
         """Moves the module and its spec."""
         super().to(*args, **kwargs)
-        device, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
         if device is not None and any(v is not None for v in self._spec.values()):
             self._set_spec(self._spec.to(device))
         return self

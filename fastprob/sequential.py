@@ -51,6 +51,8 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
     Source: the documentation of tensordict's `ProbabilisticTensorDictSequential`.
     """
 
+    module: Any  # nn.ModuleList, or nn.ModuleDict for named modules
+
     def __init__(self, *modules: Any, **kwargs: Any) -> None:
         super().__init__(*modules, **kwargs)
         # tensordict's constructor keeps a second sequence of all modules but the last, which goes
@@ -106,11 +108,10 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
     def _refresh_keys(self) -> None:
         """Works the key lists out again after a module was replaced or removed."""
         selected = self._out_keys_apparent if self._select_before_return else None
-        in_keys, out_keys = self._compute_in_and_out_keys(self._modules_now())
-        self.in_keys = in_keys
-        self.out_keys = out_keys
+        keys: Any = self._compute_in_and_out_keys(self._modules_now())
+        self.in_keys, self.out_keys = keys
         if selected is not None:
-            self._out_keys_apparent = [k for k in selected if k in out_keys]
+            self._out_keys_apparent = [k for k in selected if k in keys[1]]
 
     def __setitem__(self, index: int | slice | str, module: Any) -> None:
         if not isinstance(index, slice):
@@ -217,8 +218,9 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
                 return self._run_module(module, tensordict, **kwargs)
             return module(tensordict, **kwargs)
         except Exception as err:
-            if hasattr(err, "add_note"):
-                err.add_note(
+            note = getattr(err, "add_note", None)
+            if note is not None:  # Python 3.11 and later
+                note(
                     f"Failed while running module {self._get_module_num_or_key(module)!r} of "
                     f"{type(self).__name__}."
                 )
@@ -294,7 +296,7 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
         if shape:
             current = current.expand(shape + current.shape)
         write(current, items, module)
-        if successor is not None:
+        if stream is not None and successor is not None:
             stream.close((current,), generator, successor)
         return current
 
