@@ -9,7 +9,8 @@ from tensordict import unravel_key
 from tensordict.nn import utils as _nn_utils
 from tensordict.utils import NestedKey
 
-_switch = _nn_utils._composite_lp_aggregate
+# What `set_composite_lp_aggregate` sets.
+aggregate_switch = _nn_utils._composite_lp_aggregate
 
 SUM_KEY = "sample_log_prob"
 
@@ -19,7 +20,7 @@ def composite_switch() -> bool | None:
 
     tensordict's own `composite_lp_aggregate()` answers False in the last two cases alike.
     """
-    mode = _switch.get_mode()
+    mode = aggregate_switch.get_mode()
     return None if mode is None else bool(mode)
 
 
@@ -184,7 +185,7 @@ class LogProbKeys:
             RuntimeError: naming both values.
         """
         # The attribute, not composite_lp_aggregate(), which takes a lock: 1 us a call.
-        now = bool(_switch._mode)
+        now = bool(aggregate_switch._mode)
         if now != self.aggregate:
             raise RuntimeError(
                 f"composite_lp_aggregate() was {self.aggregate} when this {self.owner} was built "

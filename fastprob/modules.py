@@ -21,7 +21,7 @@ from fastprob.distributions._base import EMPTY, MEDIAN, MODE, RANDOM, Fused
 from fastprob.distributions.composite import sum_parts
 from fastprob.interaction import current_type, read_type, take
 from fastprob.io import Items, as_dict, can_skip, leaves, repeat, skip_existing, write
-from fastprob.keys import LogProbKeys, read_in_keys, read_out_keys, with_suffix
+from fastprob.keys import LogProbKeys, aggregate_switch, read_in_keys, read_out_keys, with_suffix
 from fastprob.rng import Stream
 
 # Stands for an argument that was not given: the positional ones may be the parameters themselves.
@@ -355,8 +355,9 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             return self._project_existing(tensordict)
         dist = self.get_dist(tensordict)
         score = self.return_log_prob
-        if score:
-            self._lp.check_unchanged("where the log-probability goes")
+        keys = self._lp
+        if score and bool(aggregate_switch._mode) is not keys.aggregate:
+            keys.check_unchanged("where the log-probability goes")
         out = tensordict if tensordict_out is None else tensordict_out
         if _requires_sample is not _UNSET and not _requires_sample:
             return self._score_existing(dist, tensordict, out)
@@ -379,9 +380,12 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             self.n_empirical_estimate,
         )
         if isinstance(value, Tensor):
-            items: Items = [(self._sample_key(), value)]
+            sample_keys = self._out_keys
+            items: Items = [
+                (sample_keys[0] if len(sample_keys) == 1 else self._sample_key(), value)
+            ]
             if score:
-                items.append((self._lp.only or self._lp.single(), log_prob))
+                items.append((keys.only or keys.single(), log_prob))
         else:
             items = self._gather(dist, value, log_prob)
         if self._projections is not None:

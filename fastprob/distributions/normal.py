@@ -20,6 +20,7 @@ from fastprob.distributions._base import (
     check_real,
 )
 from fastprob.ops import normal as ops
+from fastprob.reference._chunks import rows_per_piece
 
 
 class _NormalBase(Fused):
@@ -31,7 +32,15 @@ class _NormalBase(Fused):
 
     def _draw(self, shape, generator, score, pathwise):
         loc, scale = self.loc, self.scale
-        noise = rng.standard_normal(shape + loc.shape if shape else loc.shape, loc, generator)
+        if score and not shape and not torch.is_grad_enabled():
+            rows = rows_per_piece(loc, scale, self._ndims)
+            if rows:
+                fill = rng.normal_filler(generator)
+                return ops.sample_score_pieces(loc, scale, fill, self._ndims, rows)
+        if shape or generator is not None:
+            noise = rng.standard_normal(shape + loc.shape, loc, generator)
+        else:
+            noise = rng.standard_normal_like(loc)
         if pathwise or not torch.is_grad_enabled():
             if score:
                 return ops.sample_score(loc, scale, noise, self._ndims)

@@ -27,6 +27,7 @@ from fastprob.ops import normal as normal_ops
 from fastprob.ops import tanh_normal as ops
 from fastprob.ops.tanh_normal import Bounds
 from fastprob.reference import tanh_normal as reference
+from fastprob.reference._chunks import rows_per_piece
 from fastprob.reference._reduce import plain_tensors_only
 
 _UNIT = {safe: Bounds(1.0, 0.0, 0.0, safe) for safe in (True, False)}
@@ -125,6 +126,11 @@ class TanhNormal(Fused):
 
     def _draw(self, shape, generator, score, pathwise):
         loc, scale = self.loc, self.scale
+        if score and not shape and not torch.is_grad_enabled():
+            rows = rows_per_piece(loc, scale, self._ndims)
+            if rows and isinstance(self._bounds.half, float):
+                fill = rng.normal_filler(generator)
+                return ops.sample_score_pieces(loc, scale, fill, self._bounds, self._ndims, rows)
         noise = rng.standard_normal(shape + loc.shape if shape else loc.shape, loc, generator)
         if pathwise or not torch.is_grad_enabled():
             if score:

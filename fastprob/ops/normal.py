@@ -81,6 +81,9 @@ class _Entropy(torch.autograd.Function):
         return over_event(grads[0], ctx.ndims) / scale, None
 
 
+sample_score_pieces = reference.sample_score_pieces
+
+
 def sample(loc: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
     """Reparameterized value, `[*sample, *batch, *event]`."""
     return reference.sample(loc, scale, noise)

@@ -18,6 +18,7 @@ from fastprob.ops import normal
 from fastprob.ops._autograd import over_event, sum_to, wants_function
 from fastprob.reference import normal as normal_reference
 from fastprob.reference import tanh_normal as reference
+from fastprob.reference._chunks import Fill
 
 
 class Bounds(NamedTuple):
@@ -121,6 +122,15 @@ def sample_score(
     x = normal_reference.sample(loc, scale, noise)
     value = reference.squash(x, bounds.half, bounds.mid, bounds.safe)
     return value, reference.score(scale, noise, x, bounds.log_half, ndims)
+
+
+def sample_score_pieces(
+    loc: Tensor, scale: Tensor, fill: Fill, bounds: Bounds, ndims: int, rows: int
+) -> tuple[Tensor, Tensor]:
+    """`sample_score` of a large draw without gradients, piece by piece; bounds are numbers."""
+    half, mid = bounds.half, bounds.mid
+    assert isinstance(half, float) and isinstance(mid, float)
+    return reference.sample_score_pieces(loc, scale, fill, half, mid, bounds.safe, ndims, rows)
 
 
 def log_prob_before(loc: Tensor, scale: Tensor, x: Tensor, bounds: Bounds, ndims: int) -> Tensor:

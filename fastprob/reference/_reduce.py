@@ -52,14 +52,18 @@ def event_numel(shape: torch.Size, ndims: int) -> int:
     return n
 
 
-def _vectors(n: int, bias: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Makes a vector of n ones and the scalar `n * bias`, and keeps them."""
+def vectors(n: int, bias: float, alpha: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The scalar `n * bias` and a vector of n times `alpha`, made once."""
+    found = _VECTORS.get((n, bias, alpha, dtype))
+    if found is not None:
+        return found
     if len(_VECTORS) > 4096:
         _VECTORS.clear()
     # An inference tensor could not be saved for a later backward pass.
     with torch.inference_mode(False), torch.no_grad():
-        made = torch.ones(n, dtype=dtype), torch.tensor(n * bias, dtype=dtype)
-    _VECTORS[(n, bias, dtype)] = made
+        weights = torch.full((n,), float(alpha), dtype=dtype)
+        made = torch.tensor(n * bias, dtype=dtype), weights
+    _VECTORS[(n, bias, alpha, dtype)] = made
     return made
 
 
@@ -84,10 +88,11 @@ def affine_sum(x: Tensor, ndims: int, bias: float, alpha: int, plain: bool | Non
         plain = plain_tensors_only()
     # numel: addmv of no rows takes the shape of the offset.
     if plain and x.numel() and x.is_cpu and x.dtype in _BLAS_DTYPES:
-        ones, offset = _VECTORS.get((n, bias, x.dtype)) or _vectors(n, bias, x.dtype)
+        key = (n, bias, alpha, x.dtype)
+        offset, weights = _VECTORS.get(key) or vectors(*key)
         if len(shape) == 2 and ndims == 1:
-            return torch.addmv(offset, x, ones, alpha=alpha)
+            return torch.addmv(offset, x, weights)
         batch = shape[: len(shape) - ndims]
-        return torch.addmv(offset, x.reshape(-1, n), ones, alpha=alpha).view(batch)
+        return torch.addmv(offset, x.reshape(-1, n), weights).view(batch)
     total = sum_rightmost(x, ndims)
     return total.mul(alpha).add(n * bias) if alpha != 1 else total.add(n * bias)
