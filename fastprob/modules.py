@@ -16,6 +16,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 from torch import distributions as D
 
+from fastprob.direct import Straight
 from fastprob.distributions import CompositeDistribution, Delta, recognize, resolve
 from fastprob.distributions._base import EMPTY, MEDIAN, MODE, RANDOM, Fused
 from fastprob.distributions.composite import sum_parts
@@ -26,6 +27,7 @@ from fastprob.rng import Stream
 
 # Stands for an argument that was not given: the positional ones may be the parameters themselves.
 _UNSET: Any = object()
+_is_compiling = torch.compiler.is_compiling
 Projections = Mapping[NestedKey, Callable[[Tensor], Tensor]]
 
 
@@ -98,6 +100,9 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
 
     # What `safe=True` adds: the projection of each sampled key. None costs one test a call.
     _projections: Projections | None = None
+
+    # The straight call of this configuration, or None; worked out at the first call.
+    _straight: Straight | None = _UNSET
 
     def __init__(
         self,
@@ -344,10 +349,17 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             RuntimeError: if a result does not fit the batch size of the tensordict.
         """
         if (
-            kwargs
-            or args
-            or not (type(tensordict) is TensorDict or is_tensor_collection(tensordict))
+            type(tensordict) is TensorDict
+            and tensordict_out is _UNSET
+            and _requires_sample is _UNSET
+            and not (args or kwargs or _is_compiling())
         ):
+            straight = self._straight
+            if straight is _UNSET:
+                straight = self._find_straight()
+            if straight is not None and straight.run(self, tensordict):
+                return tensordict
+        elif kwargs or args or not is_tensor_collection(tensordict):
             return self._dispatch(tensordict, tensordict_out, _requires_sample, args, kwargs)
         if tensordict_out is _UNSET:
             tensordict_out = None
@@ -402,6 +414,17 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             holders = (tensordict, out) if expanded else (tensordict,)
             self._stream.close(holders, generator, successor)  # type: ignore[union-attr]
         return out
+
+    def _find_straight(self) -> Straight | None:
+        own = type(self).get_dist is ProbabilisticTensorDictModule.get_dist
+        found = Straight.of(self) if own and "get_dist" not in self.__dict__ else None
+        self.__dict__["_straight"] = found
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # Whatever was changed, the straight call is looked for anew.
+        self.__dict__.pop("_straight", None)
 
     def _dispatch(self, first: Any, second: Any, third: Any, rest: tuple, named: dict) -> Any:
         """A call with tensors: the positional ones are parameters, not what `forward` names."""

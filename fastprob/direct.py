@@ -1,0 +1,119 @@
+"""The straight line through a module call, for the commonest call of a rollout.
+
+A random draw and its log-probability from an IndependentNormal policy, `[B, A]` in fp32 or fp64 on
+a CPU, without gradients: five tensor operations. Building the distribution and going through its
+layers took 1.3 times as long again at 16 x 8, so this call is written out in one frame, which takes
+0.5 times as long. What it does is what `ProbabilisticTensorDictModule.forward` does, and everything
+out of the ordinary is left to that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributions as D
+
+from fastprob.distributions import IndependentNormal
+from fastprob.distributions._base import RANDOM
+from fastprob.interaction import current_type
+from fastprob.io import skip_existing
+from fastprob.keys import aggregate_switch
+from fastprob.reference._chunks import PIECE
+from fastprob.reference._reduce import vectors
+from fastprob.reference.normal import HALF_LOG_2PI
+
+_grad_enabled = torch.is_grad_enabled
+_functorch_level = torch._C._functorch.peek_interpreter_stack
+_contiguous = torch.contiguous_format
+_Distribution = D.Distribution
+
+
+class Straight:
+    """What of a module's configuration the straight call needs, settled once.
+
+    Attributes:
+        loc: key of the mean.
+        scale: key of the standard deviation.
+        sample: key of the value.
+        score: key of the log-probability.
+    """
+
+    __slots__ = ("loc", "sample", "scale", "score")
+
+    @classmethod
+    def of(cls, module: Any) -> Straight | None:
+        """The straight call of a module, or None where it has none."""
+        keywords = [k if isinstance(k, str) else k[-1] for k in module.dist_keys]
+        if (
+            module._build is not IndependentNormal
+            or sorted(keywords) != ["loc", "scale"]
+            or not module.return_log_prob
+            or module.num_samples is not None
+            or module._stream is not None
+            or len(module._out_keys) != 1
+        ):
+            return None
+        self = cls()
+        named = dict(zip(keywords, module.in_keys, strict=True))
+        self.loc, self.scale = named["loc"], named["scale"]
+        self.sample, self.score = module._out_keys[0], module._lp.only
+        keys = (self.loc, self.scale, self.sample, self.score)
+        return self if all(type(k) is str for k in keys) else None
+
+    def run(self, module: Any, tensordict: Any) -> bool:
+        """Makes the call, if it is one of those. Not for calls that are being compiled.
+
+        Args:
+            module: the module called.
+            tensordict: a `TensorDict`, which is written to.
+
+        Returns:
+            whether the call was made; if not, nothing was changed.
+        """
+        if (
+            _grad_enabled()
+            or _functorch_level() is not None
+            or skip_existing._mode
+            or module.distribution_kwargs
+            or _Distribution._validate_args
+            or bool(aggregate_switch._mode) is not module._lp.aggregate
+            or (current_type() or module.default_interaction_type) is not RANDOM
+            or tensordict._is_locked
+        ):
+            return False
+        entries = tensordict._tensordict
+        loc, scale = entries.get(self.loc), entries.get(self.scale)
+        if type(loc) is not Tensor or type(scale) is not Tensor:
+            return False
+        shape, dtype = loc.shape, loc.dtype
+        if (
+            len(shape) != 2
+            or scale.shape != shape
+            or scale.dtype is not dtype
+            or (dtype is not torch.float32 and dtype is not torch.float64)
+            or not loc.is_cpu
+            or not scale.is_cpu
+        ):
+            return False
+        rows, n = shape
+        batch_size, device = tensordict.batch_size, tensordict.device
+        if (
+            n == 0
+            or rows * n >= 4 * PIECE
+            or (batch_size and batch_size != shape[:1])
+            or (device is not None and device.type != "cpu")
+        ):
+            return False
+        offset, weights = vectors(n, -HALF_LOG_2PI, -1, dtype)
+        noise = torch.randn_like(loc, memory_format=_contiguous)
+        value = torch.addcmul(loc, noise, scale)
+        energy = torch.log(scale).addcmul_(noise, noise, value=0.5)
+        score = torch.addmv(offset, energy, weights)
+        if module._projections is not None:
+            ((_, value),) = module._project([(self.sample, value)])
+        # What TensorDict.set does with a checked entry of an unlocked tensordict.
+        entries[self.sample] = value
+        entries[self.score] = score
+        return True
