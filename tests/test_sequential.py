@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -519,6 +521,16 @@ def test_a_replaced_module_is_live(form):
     assert seq.dist_sample_keys == ["other"]
     assert keys(seq(td.copy())) == ["obs", "loc", "scale", "other"]
     assert seq[first].out_keys == ["loc", "scale"]
+
+
+def test_a_replaced_module_is_let_go():
+    seq = sequence()
+    seq(obs_td(3))
+    gone = weakref.ref(seq[0])
+    seq[0] = shifted(5)
+    seq(obs_td(3))
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_replaced_module_of_other_keys_changes_those_of_the_sequence():
