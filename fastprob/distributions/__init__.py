@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastprob.distributions import kl as _kl  # noqa: F401  # registers the divergences
 from fastprob.distributions._base import Fused
 from fastprob.distributions._registry import recognize, resolve
 from fastprob.distributions.bernoulli import Bernoulli

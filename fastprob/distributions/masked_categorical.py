@@ -160,11 +160,25 @@ class _MaskedBase(_CategoricalBase):
         return self._padding_side
 
     @property
+    def _num_events(self) -> int:
+        return self.num_samples
+
+    @property
     def _action_probs(self) -> Tensor:
         """Probabilities of the actions, `[*batch, K]`."""
         if self._indices is None:
             return self.probs
         return ops.spread(self.probs, self._indices, self.num_samples)
+
+    @property
+    def _action_log_probs(self) -> Tensor:
+        """Log-probabilities of the actions, `[*batch, K]`, -inf where masked or not listed."""
+        scores = self._scores
+        if self._indices is None:
+            return scores
+        actions = torch.arange(self.num_samples, device=scores.device)
+        actions = actions.view(-1, *([1] * (scores.ndim - 1)))
+        return ops.score_action(scores, self._indices, actions).movedim(0, -1)
 
     def _action(self, position: Tensor) -> Tensor:
         return position if self._indices is None else ops.to_action(self._indices, position)

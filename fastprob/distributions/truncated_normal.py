@@ -127,13 +127,14 @@ class TruncatedNormal(Fused):
         if noise.dtype in _HALVES:
             # There the upper limit rounds to 1.
             noise = noise.double().clamp(_EPS, 1.0 - _EPS)
-        if pathwise or not torch.is_grad_enabled():
-            if score:
-                return ops.sample_score(*args, noise, self._ndims)
+        if score:
+            joint = pathwise or not torch.is_grad_enabled()
+            draw = ops.sample_score if joint else ops.sample_score_detached
+            return draw(*args, noise, self._ndims)
+        if pathwise:
             return ops.sample(*args, noise), None
         with torch.no_grad():
-            value = ops.sample(*args, noise)
-        return value, ops.log_prob(*args, value, self._ndims) if score else None
+            return ops.sample(*args, noise), None
 
     def _point(self, interaction: InteractionType, score: bool):
         args = self._args()

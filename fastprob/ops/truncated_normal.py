@@ -30,11 +30,13 @@ cdf = reference.cdf
 standardize = reference.standardize
 
 
-def _slopes(std: Standard, p: Tensor, value: Tensor, cost: Tensor) -> tuple[Tensor, ...]:
+def _slopes(std: Standard, p: Tensor, value: Tensor) -> tuple[Tensor, ...]:
     """The derivatives of the value at probability p by loc, scale, low and high."""
-    a, b, c = std.a, std.b, std.c
-    at_low = (1.0 - p) * torch.exp(cost - 0.5 * (a - c) * (a + c))
-    at_high = p * torch.exp(cost - 0.5 * (b - c) * (b + c))
+    a, b = std.a, std.b
+    # f(a) / f(z) = exp((z - a) (z + a) / 2), from the distance to the bound.
+    up, down = (value - std.low) / std.scale, (value - std.high) / std.scale
+    at_low = (1.0 - p) * torch.exp(0.5 * up * (up + 2.0 * a))
+    at_high = p * torch.exp(0.5 * down * (down + 2.0 * b))
     z = (value - std.loc) / std.scale
     return 1.0 - at_low - at_high, z - a * at_low - b * at_high, at_low, at_high
 
@@ -49,23 +51,22 @@ class _Sample(torch.autograd.Function):
         ctx.bounds = (None, None)
         if isinstance(low, Tensor) or isinstance(high, Tensor):
             low_t, high_t = torch.as_tensor(low), torch.as_tensor(high)
-            ctx.save_for_backward(loc, scale, p, value, cost, low_t, high_t)
+            ctx.save_for_backward(loc, scale, p, value, low_t, high_t)
         else:
-            ctx.save_for_backward(loc, scale, p, value, cost)
+            ctx.save_for_backward(loc, scale, p, value)
             ctx.bounds = (low, high)
         ctx.mark_non_differentiable(cost, log_m)
-        return value.to(loc.dtype), cost, log_m
+        return value, cost, log_m
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
-        loc, scale, p, value, cost, *tensors = ctx.saved_tensors
+        loc, scale, p, value, *tensors = ctx.saved_tensors
         low, high = tensors or ctx.bounds
         std = reference.standardize(loc, scale, low, high)
         if torch.is_grad_enabled():
-            # A second derivative follows: value and energy must depend on the inputs again.
-            value = _Sample.apply(loc.double(), scale.double(), low, high, p)[0]
-            cost = reference.energy(std, value)
-        slopes = _slopes(std, p, value, cost)
+            # A second derivative follows: the value must depend on the inputs again.
+            value = _Sample.apply(loc, scale, low, high, p)[0]
+        slopes = _slopes(std, p, value)
         out: list[Tensor | None] = []
         for i, source in enumerate((loc, scale, low, high)):
             if not ctx.needs_input_grad[i]:
@@ -146,28 +147,27 @@ def _needs_grad(*tensors: Tensor) -> bool:
 
 
 def _sample(loc: Tensor, scale: Tensor, low: Any, high: Any, p: Tensor):
-    """Value in the dtype of loc, and its energy and log(M) in float64."""
+    """Value, its energy, and log(M), in float64."""
     tensors = (loc, scale, *_tensors(low, high))
     p = p.double()
     if wants_function(*tensors):
         return _Sample.apply(loc, scale, low, high, p)
     std = reference.standardize(loc, scale, low, high)
     if not _needs_grad(*tensors) and not torch._C._functorch.peek_interpreter_stack():
-        value, cost, log_m = reference.quantile(std, p)
-        return value.to(loc.dtype), cost, log_m
+        return reference.quantile(std, p)
     # What traces or batches gets the same gradient by a value that is 0: the first one only.
     with torch.no_grad():
         value, cost, log_m = reference.quantile(std, p)
-        slopes = _slopes(std, p, value, cost)
+        slopes = _slopes(std, p, value)
     for slope, source in zip(slopes, (loc, scale, low, high), strict=True):
         if isinstance(source, Tensor):
             value = value + slope.detach() * (source - source.detach())
-    return value.to(loc.dtype), cost, log_m
+    return value, cost, log_m
 
 
 def sample(loc: Tensor, scale: Tensor, low: Any, high: Any, p: Tensor) -> Tensor:
     """The value below which the probability is `p`, `[*sample, *batch, *event]`."""
-    return _sample(loc, scale, low, high, p)[0]
+    return _sample(loc, scale, low, high, p)[0].to(loc.dtype)
 
 
 def sample_score(
@@ -193,9 +193,21 @@ def sample_score(
             return value.to(loc.dtype), reference.central_score(std, z, ndims, loc.dtype)
     value, cost, log_m = _sample(loc, scale, low, high, p)
     if value.requires_grad or torch._C._functorch.peek_interpreter_stack():
-        return value, log_prob(loc, scale, low, high, value, ndims)
-    total = cost + (torch.log(scale.double()) + log_m)
-    return value, reference.total(total, ndims, loc.dtype)
+        # Scored before it is rounded: 300 steps of float32 from a tail's value to its score.
+        score = log_prob(loc, scale, low, high, value, ndims).to(loc.dtype)
+    else:
+        score = reference.total(cost + (torch.log(scale.double()) + log_m), ndims, loc.dtype)
+    return value.to(loc.dtype), score
+
+
+def sample_score_detached(
+    loc: Tensor, scale: Tensor, low: Any, high: Any, p: Tensor, ndims: int
+) -> tuple[Tensor, Tensor]:
+    """As `sample_score`, with no gradient into the value, and that of a given value's score."""
+    with torch.no_grad():
+        value = _sample(loc, scale, low, high, p)[0]
+    score = log_prob(loc, scale, low, high, value, ndims)
+    return value.to(loc.dtype), score.to(loc.dtype)
 
 
 def log_prob(loc: Tensor, scale: Tensor, low: Any, high: Any, value: Tensor, ndims: int) -> Tensor:

@@ -69,7 +69,8 @@ def standardize(loc: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | 
     """
     loc, scale = loc.double(), scale.double()
     a, b = (low - loc) / scale, (high - loc) / scale
-    c = a.clamp_min(0.0) + b.clamp_max(0.0)
+    # relu, unlike clamp, has the derivative 0 at 0, where c is that of the inside.
+    c = torch.relu(a) - torch.relu(-b)
     tail: Tensor | None = c.abs() > TAIL
     if not _some(tail):
         tail = None
@@ -200,16 +201,21 @@ def log_mass(std: Standard, mass: Tensor | None = None) -> Tensor:
 
 def energy(std: Standard, value: Tensor) -> Tensor:
     """`(z - c)(z + c) / 2`, `[*sample, *batch, *event]`."""
-    mode = torch.clamp(std.loc, *_as_tensors(std))
-    u = (value.double() - mode) / std.scale
+    u = (value.double() - mode(std)) / std.scale
     return 0.5 * u * (u + 2.0 * std.c)
 
 
-def _as_tensors(std: Standard) -> tuple[Tensor, Tensor]:
+def bounds(std: Standard) -> tuple[Tensor, Tensor]:
+    """The bounds as float64 tensors."""
     loc = std.loc
     return torch.as_tensor(std.low, dtype=loc.dtype, device=loc.device), torch.as_tensor(
         std.high, dtype=loc.dtype, device=loc.device
     )
+
+
+def mode(std: Standard) -> Tensor:
+    """Where the density is highest, float64 `[*batch, *event]`."""
+    return torch.clamp(std.loc, *bounds(std))
 
 
 def quantile(std: Standard, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,7 +249,7 @@ def quantile(std: Standard, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         far_value = torch.where(right, std.low + step, std.high - step)
         value = torch.where(tail, far_value, value)
         cost = torch.where(tail, u * (side.t + 0.5 * u), cost)
-    return torch.clamp(value, *_as_tensors(std)), cost, log_mass(std, mass)
+    return torch.clamp(value, *bounds(std)), cost, log_mass(std, mass)
 
 
 def _distance(side: _Side, p: Tensor) -> Tensor:
@@ -365,9 +371,7 @@ def outside(value: Tensor, low: Tensor | float, high: Tensor | float, ndims: int
 
 def mean(std: Standard) -> Tensor:
     """The mean, float64 `[*batch, *event]`."""
-    low, high = _as_tensors(std)
-    mode = torch.clamp(std.loc, low, high)
-    return torch.clamp(torch.addcmul(mode, moments(std).first, std.scale), low, high)
+    return torch.clamp(torch.addcmul(mode(std), moments(std).first, std.scale), *bounds(std))
 
 
 def variance(std: Standard) -> Tensor:
@@ -388,7 +392,7 @@ def entropy(std: Standard, ndims: int) -> Tensor:
 
 def cdf(std: Standard, value: Tensor) -> Tensor:
     """Probability of what lies below `value`, float64 `[*sample, *batch, *event]`."""
-    low, high = _as_tensors(std)
+    low, high = bounds(std)
     inner = torch.clamp(value.double(), low, high)
     # The part up to the value, over the whole: both from the energy of their own mode.
     part = standardize(std.loc, std.scale, std.low, inner)

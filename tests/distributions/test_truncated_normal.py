@@ -1,0 +1,330 @@
+"""TruncatedNormal against scipy, and against integrals in mpmath far out in the tails."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torchrl.modules as rl
+from torch import distributions as D
+
+from fastprob import distributions as F
+from tests.distributions._suite import Suite, close
+
+INF = float("inf")
+# loc, scale, low, high: inside, at an edge, on one side, in both far tails, narrow and wide.
+CASES = [
+    (0.0, 1.0, -1.0, 1.0),
+    (0.3, 0.2, -1.0, 1.0),
+    (3.0, 0.5, -1.0, 1.0),
+    (-4.0, 0.1, -1.0, 2.0),
+    (0.0, 1.0, 0.0, 1.0),
+    (29.9, 1.0, -3.0, 0.0),
+    (30.1, 1.0, -3.0, 0.0),
+    (50.0, 1.0, -1.0, 1.0),
+    (-1000.0, 0.5, -1.0, 1.0),
+    (1e5, 1.0, -1.0, 1.0),
+    (0.0, 1e3, -1.0, 1.0),
+    (200.0, 1e3, -1.0, 1.0),
+    (2.0, 1.0, -30.0, 30.0),
+]
+
+
+class Truth:
+    """The distribution by adaptive quadrature in 30 digits, from the point of highest density."""
+
+    def __init__(self, loc, scale, low, high):
+        self.loc, self.scale, self.low, self.high = map(mpmath.mpf, (loc, scale, low, high))
+        self.mode = min(max(self.loc, self.low), self.high)
+        reach = self.scale / max(1, abs(self.mode - self.loc) / self.scale)
+        marks = [self.mode + s * k * reach for k in (1, 3, 10, 40) for s in (-1, 1)]
+        inner = {m for m in (*marks, self.mode) if self.low < m < self.high}
+        self.marks = sorted({self.low, self.high, *inner})
+        self.mass = self.integral(lambda x: 1)
+
+    def cost(self, x):
+        u = (x - self.mode) / self.scale
+        return u * (u + 2 * (self.mode - self.loc) / self.scale) / 2
+
+    def integral(self, f, end=None):
+        marks = self.marks if end is None else [m for m in self.marks if m < end] + [end]
+        if len(marks) < 2:
+            return mpmath.mpf(0)
+        return mpmath.quad(lambda x: f(x) * mpmath.exp(-self.cost(x)), marks)
+
+    def expect(self, f):
+        return self.integral(f) / self.mass
+
+
+def single(*case):
+    return F.TruncatedNormal(
+        *(torch.tensor([v], dtype=torch.float64) for v in case[:2]), low=case[2], high=case[3]
+    )
+
+
+class TestTruncatedNormal(Suite):
+    # The draw is rounded once; its score changes by (z / scale) of that.
+    joint_tolerance = 1e-11
+    bounds: dict = {"low": -1.0, "high": 1.5}  # noqa: RUF012
+
+    def params(self, batch, dtype=torch.float64):
+        shape = (*batch, *self.event)
+        return {
+            "loc": torch.randn(shape, dtype=dtype) * 0.5,
+            "scale": torch.rand(shape, dtype=dtype) * 0.4 + 0.3,
+        }
+
+    def options(self, params):
+        dtype = params["loc"].dtype
+        return {
+            k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in self.bounds.items()
+        }
+
+    def build(self, params):
+        return F.TruncatedNormal(**params, **self.options(params))
+
+    def upstream(self, params):
+        return rl.TruncatedNormal(**params, **self.options(params))
+
+    @property
+    def limits(self):
+        return tuple(torch.as_tensor(self.bounds[k]).numpy() for k in ("low", "high"))
+
+    def frozen(self, params):
+        loc, scale = params["loc"], params["scale"]
+        low, high = self.limits
+        return scipy.stats.truncnorm((low - loc) / scale, (high - loc) / scale, loc, scale)
+
+    def log_prob(self, params, value):
+        return self.frozen(params).logpdf(value).sum(-1)
+
+    def entropy(self, params):
+        return self.frozen(params).entropy().sum(-1)
+
+    def points(self, params):
+        dist = self.frozen(params)
+        mode = np.clip(params["loc"], *self.limits)
+        return {
+            "mode": mode,
+            "median": dist.median(),
+            "mean": dist.mean(),
+            "deterministic_sample": dist.mean(),
+            "variance": dist.var(),
+        }
+
+    @pytest.mark.parametrize("sample", [(), (3,)], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_draws_are_upstreams(self, dtype, sample):
+        params = self.params((50,), dtype)
+        torch.manual_seed(5)
+        mine = self.build(params).rsample(sample)
+        torch.manual_seed(5)
+        theirs = self.upstream(params).rsample(sample)
+        # Upstream inverts the Normal's cdf in the dtype, and keeps it 1e-6 away from 0 and 1: an
+        # error of (4 eps + 1e-6) / density, which is 0.006 at the 0.2% quantile.
+        z = (mine - params["loc"]) / params["scale"]
+        near = z.abs() < 2.88
+        assert near.double().mean() > 0.9
+        atol = (4 * torch.finfo(dtype).eps + 1e-6) / 0.006
+        torch.testing.assert_close(mine[near], theirs[near], rtol=0, atol=atol)
+
+    def test_cdf_inverts_icdf(self):
+        params = self.params((3,))
+        dist = self.build(params)
+        p = torch.rand(5, 3, 4, dtype=torch.float64)
+        close(dist.cdf(dist.icdf(p)), p, 1e-12)
+        close(dist.icdf(p), self.frozen(self.arrays(params)).ppf(p.numpy()), 1e-9)
+
+    def test_kl_divergence(self):
+        p, q = self.params((3,)), self.params((3,))
+        found = D.kl_divergence(self.build(p), self.build(q))
+        a, b = self.frozen(self.arrays(p)), self.frozen(self.arrays(q))
+        low, high = (np.broadcast_to(v, (3, 4)) for v in self.limits)
+        t, w = np.polynomial.legendre.leggauss(60)
+        x = low + (high - low) * (t[:, None, None] + 1) / 2
+        each = a.pdf(x) * (a.logpdf(x) - b.logpdf(x)) * w[:, None, None] * (high - low) / 2
+        close(found, each.sum((0, -1)), 1e-9)
+        for other in (self.upstream(q), self.build(q)):
+            for one in (self.upstream(p), self.build(p)):
+                if not isinstance(one, rl.TruncatedNormal) or isinstance(other, F.TruncatedNormal):
+                    close(D.kl_divergence(one, other), found, 1e-12)
+
+
+class TestTruncatedNormalTensors(TestTruncatedNormal):
+    bounds = {  # noqa: RUF012
+        "low": torch.tensor([-1.0, -2.0, 0.2, -0.5], dtype=torch.float64),
+        "high": torch.tensor([1.0, 0.5, 2.0, 3.0], dtype=torch.float64),
+    }
+
+
+# Tails ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_formula_against_quadrature(case):
+    dist = single(*case)
+    with mpmath.workdps(30):
+        truth = Truth(*case)
+        shift = truth.expect(lambda x: x - truth.mode)
+        second = truth.expect(lambda x: (x - truth.mode - shift) ** 2)
+        entropy = float(mpmath.log(truth.mass) + truth.expect(truth.cost))
+        assert dist.mean.item() == pytest.approx(float(truth.mode + shift), rel=1e-14, abs=1e-14)
+        # 1 - variance / scale^2 is what the formula knows: a loss of eps t^2.
+        assert dist.variance.item() == pytest.approx(float(second), rel=1e-6)
+        assert dist.entropy().item() == pytest.approx(entropy, rel=1e-12, abs=1e-12)
+        for part in (0.0, 0.1, 0.5, 0.93, 1.0):
+            x = float(truth.low + (truth.high - truth.low) * mpmath.mpf(part))
+            score = float(-truth.cost(mpmath.mpf(x)) - mpmath.log(truth.mass))
+            given = torch.tensor([x], dtype=torch.float64)
+            assert dist.log_prob(given).item() == pytest.approx(score, rel=1e-12, abs=1e-12)
+        for p in (1e-6, 1e-3, 0.3, 0.5, 0.9, 1 - 1e-6):
+            x = dist.icdf(torch.tensor([p], dtype=torch.float64)).item()
+            reached = truth.integral(lambda x: 1, mpmath.mpf(x)) / truth.mass
+            density = mpmath.exp(-truth.cost(mpmath.mpf(x))) / truth.mass
+            # The value is off by its own rounding, and by that of z times the scale: z up to 30
+            # comes from ndtri, beyond from the bound.
+            t = min(abs(float((truth.mode - truth.loc) / truth.scale)), 30.0)
+            ulp = 2.3e-16 * (abs(x) + (1 + t) * float(truth.scale))
+            allowed = 4 * float(density) * ulp + 1e-9 * min(p, 1 - p)
+            assert abs(float(reached - mpmath.mpf(p))) <= allowed, p
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c[1] < 100], ids=str)
+def test_single_precision_is_right_in_the_tails(case):
+    full = single(*case)
+    loc, scale = (torch.tensor([v]) for v in case[:2])
+    dist = F.TruncatedNormal(loc, scale, low=case[2], high=case[3])
+    full = F.TruncatedNormal(loc.double(), scale.double(), low=case[2], high=case[3])
+    torch.manual_seed(5)
+    value, score = dist.sample_and_log_prob((200,))
+    torch.manual_seed(5)
+    p = torch.empty(200, 1).uniform_(1e-6, 1 - 1e-6).double()
+    torch.testing.assert_close(value.double(), full.icdf(p), rtol=1e-7, atol=0)
+    torch.testing.assert_close(score.double(), full.log_prob(full.icdf(p)), rtol=2e-7, atol=2e-7)
+    assert (value >= case[2]).all() and (value <= case[3]).all()
+    for name in ("mean", "median", "mode"):
+        torch.testing.assert_close(
+            getattr(dist, name).double(), getattr(full, name), rtol=1e-7, atol=1e-12
+        )
+
+
+def test_gradients_everywhere():
+    columns = torch.tensor(
+        [c for c in CASES if c[1] < 100 and abs(c[0]) < 100], dtype=torch.float64
+    ).unbind(-1)
+    loc, scale, low, high = (c.clone().requires_grad_() for c in columns)
+    p = torch.rand(2, len(loc), dtype=torch.float64) * 0.9 + 0.05
+
+    def draw(loc, scale, low, high):
+        return F.TruncatedNormal(loc, scale, low=low, high=high).icdf(p)
+
+    value = draw(loc, scale, low, high).detach().requires_grad_()
+
+    def score(loc, scale, low, high, value):
+        return F.TruncatedNormal(loc, scale, low=low, high=high).log_prob(value)
+
+    args = (loc, scale, low, high)
+    assert torch.autograd.gradcheck(draw, args)
+    assert torch.autograd.gradgradcheck(draw, args, fast_mode=True)
+    assert torch.autograd.gradcheck(score, (*args, value), eps=1e-7, atol=1e-4)
+    for what in ("mean", "variance", "median"):
+        assert torch.autograd.gradcheck(
+            lambda *a, what=what: getattr(F.TruncatedNormal(a[0], a[1], low=a[2], high=a[3]), what),
+            args,
+        )
+    assert torch.autograd.gradcheck(
+        lambda *a: F.TruncatedNormal(a[0], a[1], low=a[2], high=a[3]).entropy(), args
+    )
+    fixed = [t.detach() for t in args[2:]]
+    assert torch.autograd.gradcheck(
+        lambda loc, scale: F.TruncatedNormal(loc, scale, low=fixed[0], high=fixed[1]).entropy(),
+        args[:2],
+    )
+
+
+@pytest.mark.parametrize(("low", "high"), [(-INF, INF), (-INF, 0.5), (0.5, INF)])
+def test_infinite_bounds(low, high):
+    loc = torch.tensor([0.3, -0.2], dtype=torch.float64, requires_grad=True)
+    scale = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    dist = F.TruncatedNormal(loc, scale, low=low, high=high)
+    value, score = dist.rsample_and_log_prob((5,))
+    given = [t.detach().numpy() for t in (loc, scale)]
+    frozen = scipy.stats.truncnorm(
+        (low - given[0]) / given[1], (high - given[0]) / given[1], *given
+    )
+    close(score, frozen.logpdf(value.detach().numpy()).sum(-1), 1e-10)
+    close(dist.mean, frozen.mean(), 1e-10)
+    total = score.sum() + value.sum() + dist.entropy() + dist.mean.sum()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(total, (loc, scale)))
+
+
+def test_outside_of_the_bounds():
+    loc = torch.zeros(2, 3, requires_grad=True)
+    dist = F.TruncatedNormal(loc, torch.ones(2, 3))
+    value = torch.tensor([[0.0, 0.5, 1.0], [0.0, 0.5, 1.001]])
+    score = dist.log_prob(value)
+    assert score[0].isfinite() and score[1] == -INF
+    score.sum().backward()
+    assert torch.equal(loc.grad[1], torch.zeros(3)) and loc.grad[0].abs().sum() > 0
+    assert dist.cdf(torch.tensor([[-2.0, 0.0, 2.0]] * 2)).tolist()[0] == [0.0, 0.5, 1.0]
+
+
+def test_kl_divergence_of_other_bounds():
+    p = single(0.3, 0.5, -1.0, 1.0)
+    wide, apart = single(0.1, 0.8, -2.0, 1.0), single(0.1, 0.8, -0.5, 2.0)
+    with mpmath.workdps(30):
+        a, b = Truth(0.3, 0.5, -1, 1), Truth(0.1, 0.8, -2, 1)
+        ratio = mpmath.log(b.mass / a.mass)
+        expected = float(ratio + a.expect(lambda x: b.cost(x) - a.cost(x)))
+    assert D.kl_divergence(p, wide).item() == pytest.approx(expected, rel=1e-12)
+    assert D.kl_divergence(p, apart).item() == INF
+    with pytest.raises(NotImplementedError, match="no KL divergence is known"):
+        D.kl_divergence(p, D.Independent(D.Normal(torch.zeros(1), torch.ones(1)), 1))
+
+
+# Arguments ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [{"low": 1.0, "high": 1.0}, {"low": 2, "high": -2}, {"low": torch.tensor([0.0, 3.0])}],
+    ids=str,
+)
+def test_bounds_in_the_wrong_order(bounds):
+    for _ in range(2):  # the second time, the bounds are known
+        with pytest.raises(ValueError, match="TruncatedNormal expects high to be greater than low"):
+            F.TruncatedNormal(torch.zeros(2), torch.ones(2), **bounds)
+
+
+@pytest.mark.parametrize(
+    ("loc", "scale", "message"),
+    [
+        ([0.0, math.nan], [1.0, 1.0], r"loc to be real.*index \(1,\)"),
+        ([0.0, 0.0], [1.0, 0.0], r"scale to be greater than 0.*index \(1,\)"),
+        ([0.0, 0.0], [1.0, 1.0, 1.0], "broadcast"),
+    ],
+)
+def test_bad_parameters(loc, scale, message):
+    with pytest.raises(ValueError, match=f"TruncatedNormal.*{message}"):
+        F.TruncatedNormal(torch.tensor(loc), torch.tensor(scale), validate_args=True)
+
+
+def test_tanh_loc_update_and_bounds():
+    loc, scale = torch.randn(3, 2) * 10, torch.ones(3, 2)
+    options = {"tanh_loc": True, "upscale": 2.0, "low": -1.0, "high": torch.tensor([3.0, 2.0])}
+    mine, theirs = (
+        F.TruncatedNormal(loc, scale, **options),
+        rl.TruncatedNormal(loc, scale, **options),
+    )
+    torch.testing.assert_close(mine.loc, theirs.loc)
+    torch.testing.assert_close(mine.low, theirs.low)
+    torch.testing.assert_close(mine.high, theirs.high)
+    mine.update(loc / 3, scale * 2)
+    theirs.update(loc / 3, scale * 2)
+    torch.testing.assert_close(mine.loc, theirs.loc)
+    torch.testing.assert_close(mine.mean, theirs.mean, rtol=1e-4, atol=1e-4)
+    assert mine.support.check(mine.sample()).all()
