@@ -57,11 +57,21 @@ class _NormalBase(Fused):
         """Log-density of `value`, `[*sample, *batch]`."""
         if self._checks(value):
             self._validate_sample(value)
-        return ops.log_prob(self.loc, self.scale, value, self._ndims)
+        return ops.log_prob(self.loc, self.scale, value, self._ndims, self._memo())
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, `[*batch]`."""
-        return ops.entropy(self.scale, self._ndims)
+        return ops.entropy(self.scale, self._ndims, self._memo())
+
+    def _memo(self) -> dict[str, Any] | None:
+        """What scores of this scale share; None where nothing is worth keeping."""
+        scale = self.scale
+        if not scale.requires_grad or torch.compiler.is_compiling() or scale.is_inference():
+            return None
+        memo = self.__dict__.get("_shared")
+        if memo is None or memo["of"] is not scale:
+            memo = self._shared = {"of": scale}
+        return memo
 
     def _set(self, name: str, loc: Any, scale: Any, ndims: int) -> None:
         if not _alike(loc, scale):

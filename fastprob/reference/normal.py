@@ -35,8 +35,12 @@ def score_noise(
     scale: Tensor,  # [*batch, *event]
     noise: Tensor,  # [*sample, *batch, *event]
     ndims: int,
+    log_scale: Tensor | None = None,  # [*batch, *event]
 ) -> Tensor:  # [*sample, *batch]
-    """Log-density at `loc + noise * scale`, from the noise."""
+    """Log-density at `loc + noise * scale`, from the noise; `log_scale` where it is known."""
+    if log_scale is not None:
+        energy = torch.addcmul(log_scale, noise, noise, value=0.5)
+        return affine_sum(energy, ndims, -HALF_LOG_2PI, -1)
     energy = torch.log(scale)
     if not plain_tensors_only() or energy.requires_grad or energy.shape != noise.shape:
         energy = torch.addcmul(energy, noise, noise, value=0.5)
@@ -96,7 +100,15 @@ def standardize(
     value: Tensor,  # [*sample, *batch, *event]
 ) -> Tensor:  # [*sample, *batch, *event]
     """`(value - loc) / scale`."""
-    return (value - loc) / scale
+    z = value - loc
+    if (
+        z.shape == scale.shape
+        and z.dtype is scale.dtype
+        and not (z.requires_grad or scale.requires_grad)
+        and plain_tensors_only()
+    ):
+        return z.div_(scale)
+    return z / scale
 
 
 def log_prob(
@@ -112,6 +124,9 @@ def log_prob(
 def entropy(
     scale: Tensor,  # [*batch, *event]
     ndims: int,
+    log_scale: Tensor | None = None,  # [*batch, *event]
 ) -> Tensor:  # [*batch]
     """Differential entropy in nats, summed over the last `ndims` dimensions."""
-    return affine_sum(torch.log(scale), ndims, 0.5 + HALF_LOG_2PI, 1)
+    if log_scale is None:
+        log_scale = torch.log(scale)
+    return affine_sum(log_scale, ndims, 0.5 + HALF_LOG_2PI, 1)
