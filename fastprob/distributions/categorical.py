@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 from fastprob import rng
 from fastprob.distributions._base import EMPTY, MEAN, MEDIAN, Fused, check_real, reject
 from fastprob.ops import categorical as ops
+from fastprob.reference._reduce import plain_tensors_only
 
 
 class _CategoricalBase(Fused):
@@ -90,7 +91,7 @@ class _CategoricalBase(Fused):
             _ = self._scores
         with torch.no_grad():
             probs = self.probs
-            if shape.numel() == 1 and not torch._C._functorch.peek_interpreter_stack():
+            if shape.numel() == 1 and (torch.compiler.is_compiling() or plain_tensors_only()):
                 # One draw: the race that torch.multinomial runs, from the same noise. Under vmap
                 # multinomial itself knows whether its noise is to be batched.
                 noise = rng.exponential(probs.shape, probs, generator)
