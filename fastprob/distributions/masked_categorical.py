@@ -12,6 +12,7 @@ from torch import distributions as D
 from torch.distributions import constraints
 from torch.nn.functional import one_hot
 
+from fastprob import rng
 from fastprob.distributions._base import EMPTY, MEAN, MEDIAN, check_real
 from fastprob.distributions.categorical import _CategoricalBase, check_probs
 from fastprob.ops import categorical as categorical_ops
@@ -354,8 +355,24 @@ class MaskedOneHotCategorical(_MaskedBase, D.Categorical):
     _event_shape = event_shape
 
     def _draw(self, shape, generator, score, pathwise):
-        position = self._index(shape, generator)
-        value = one_hot(self._action(position), self.num_samples)
+        if pathwise and self.grad_method == "RelaxedOneHot":
+            # Masked entries at -inf would make the relaxed draw's gradient NaN.
+            scores = self._scores.clamp_min(0.25 * torch.finfo(self._scores.dtype).min)
+            with rng.global_stream_from(generator):
+                relaxed = D.RelaxedOneHotCategorical(
+                    torch.ones((), device=scores.device), logits=scores, validate_args=False
+                ).rsample(shape)
+            position = relaxed.detach().argmax(-1)
+            hard = one_hot(position, relaxed.shape[-1]).to(relaxed.dtype)
+            value = relaxed + (hard - relaxed.detach())
+            if self._indices is not None:
+                value = ops.spread(value, self._indices, self.num_samples)
+        else:
+            position = self._index(shape, generator)
+            value = one_hot(self._action(position), self.num_samples)
+            if pathwise:
+                probs = self._action_probs
+                value = value + probs - probs.detach()
         return value, self._score_position(position) if score else None
 
     def _point(self, interaction: InteractionType, score: bool):
@@ -368,23 +385,6 @@ class MaskedOneHotCategorical(_MaskedBase, D.Categorical):
                 "no log-probability; use MODE or MEDIAN, or return_log_prob=False"
             )
         return self._action_probs, None
-
-    def rsample(self, sample_shape: Any = EMPTY) -> Tensor:
-        """One-hot draws with a surrogate gradient, `[*sample, *batch, K]`, floating point."""
-        shape = torch.Size(sample_shape or ())
-        if self.grad_method == "PassThrough":
-            probs = self._action_probs
-            return self.sample(shape) + probs - probs.detach()
-        # Masked entries at -inf would make the relaxed sample's gradient NaN.
-        scores = self._scores.clamp_min(0.25 * torch.finfo(self._scores.dtype).min)
-        relaxed = D.RelaxedOneHotCategorical(
-            torch.ones((), device=scores.device), logits=scores, validate_args=False
-        ).rsample(shape)
-        hard = one_hot(relaxed.detach().argmax(-1), relaxed.shape[-1]).to(relaxed.dtype)
-        out = relaxed + (hard - relaxed.detach())
-        if self._indices is None:
-            return out
-        return ops.spread(out, self._indices, self.num_samples)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of one-hot vectors, `[*sample, *batch]`; `neg_inf` where masked."""
