@@ -29,9 +29,13 @@ class _BernoulliBase(Fused):
         """`log(p / (1 - p))`, `[*batch, *event]`."""
         if not self._from_probs:
             return self._given
-        if self._log_odds is None:
-            self._log_odds = ops.logits(self._given)
-        return self._log_odds
+        logits = self._log_odds
+        if logits is None:
+            logits = ops.logits(self._given)
+            # What was worked out under no_grad must not answer a later call that needs a gradient.
+            if logits.requires_grad or not self._given.requires_grad:
+                self._log_odds = logits
+        return logits
 
     @property
     def probs(self) -> Tensor:

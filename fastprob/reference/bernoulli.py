@@ -2,16 +2,16 @@
 
 With logits s = log(p / (1 - p)), summed over the event dimensions:
 
-    log P(x) = x s - softplus(s)            H = softplus(s) - s sigmoid(s)
+    log P(x) = x s - softplus(s)            H = softplus(-|s|) + |s| sigmoid(-|s|)
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from fastprob.reference._reduce import plain_tensors_only, sum_rightmost
+from fastprob.reference._reduce import affine_sum, sum_rightmost
 
 
 def logits(probs: Tensor) -> Tensor:
@@ -26,11 +26,11 @@ def log_prob(
     ndims: int,
 ) -> Tensor:  # [*sample, *batch]
     """Log-probability of `value`, summed over the last `ndims` dimensions."""
-    # softplus with a threshold of its own would stop at s = 20, where float64 still sees e^-20.
-    cost = softplus(logits, threshold=50.0)
-    if plain_tensors_only() and cost.shape == value.shape and not cost.requires_grad:
-        return sum_rightmost(cost.neg_().addcmul_(value, logits), ndims)
-    return sum_rightmost(torch.addcmul(-cost, value, logits), ndims)
+    if value.shape != logits.shape:
+        value, logits = torch.broadcast_tensors(value, logits)
+    # ATen's one operation for it: x s - max(s, 0) - log(1 + exp(-|s|)), without cancellation.
+    cost = binary_cross_entropy_with_logits(logits, value, reduction="none")
+    return affine_sum(cost, ndims, 0.0, -1)
 
 
 def entropy(logits: Tensor, ndims: int) -> Tensor:
