@@ -99,6 +99,14 @@ class _Entropy(torch.autograd.Function):
         )
 
 
+def _differentiated() -> bool:
+    """Whether a functorch transform other than vmap is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in stack)
+
+
 def sample(a: Tensor, b: Tensor, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
     """Draws, `[*shape, *batch, *event]`, with pathwise gradients.
 
@@ -109,8 +117,7 @@ def sample(a: Tensor, b: Tensor, shape: torch.Size, generator: torch.Generator |
     with torch.no_grad():
         parts, concentration = _draw(a, b, shape, generator)
     value = parts[..., 0]
-    functorch = torch._C._functorch.peek_interpreter_stack() is not None
-    if functorch or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+    if _differentiated() or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
         # What traces or batches gets the gradient by a value that is 0.
         by_a, by_b = _slopes(parts.detach(), concentration.detach())
         value = value.detach() + by_a * (a - a.detach()) + by_b * (b - b.detach())

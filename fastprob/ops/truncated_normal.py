@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastprob.ops._autograd import over_event, sum_to, wants_function
 from fastprob.reference import truncated_normal as reference
+from fastprob.reference._reduce import plain_tensors_only
 from fastprob.reference.truncated_normal import Standard
 
 mean = reference.mean
@@ -146,6 +147,11 @@ def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+def _transformed() -> bool:
+    """Whether a functorch transform is at work, which `requires_grad` does not tell."""
+    return not torch.compiler.is_compiling() and not plain_tensors_only()
+
+
 def _sample(loc: Tensor, scale: Tensor, low: Any, high: Any, p: Tensor):
     """Value, its energy, and log(M), in float64."""
     tensors = (loc, scale, *_tensors(low, high))
@@ -153,7 +159,7 @@ def _sample(loc: Tensor, scale: Tensor, low: Any, high: Any, p: Tensor):
     if wants_function(*tensors):
         return _Sample.apply(loc, scale, low, high, p)
     std = reference.standardize(loc, scale, low, high)
-    if not _needs_grad(*tensors) and not torch._C._functorch.peek_interpreter_stack():
+    if not _needs_grad(*tensors) and not _transformed():
         return reference.quantile(std, p)
     # What traces or batches gets the same gradient by a value that is 0: the first one only.
     with torch.no_grad():
@@ -192,7 +198,7 @@ def sample_score(
             value, z = reference.central_quantile(std, low, high, p.double())
             return value.to(loc.dtype), reference.central_score(std, z, ndims, loc.dtype)
     value, cost, log_m = _sample(loc, scale, low, high, p)
-    if value.requires_grad or torch._C._functorch.peek_interpreter_stack():
+    if value.requires_grad or _transformed():
         # Scored before it is rounded: 300 steps of float32 from a tail's value to its score.
         score = log_prob(loc, scale, low, high, value, ndims).to(loc.dtype)
     else:

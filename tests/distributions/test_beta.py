@@ -1,0 +1,127 @@
+"""Beta and Independent(Beta) against scipy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import distributions as D
+
+from fastprob import distributions as F
+from tests.distributions._suite import Suite
+
+GRID = torch.tensor([0.01, 0.05, 0.3, 0.5, 1.0, 1.5, 2.0, 10.0, 100.0, 1e4], dtype=torch.float64)
+
+
+class TestBeta(Suite):
+    event = ()
+
+    def params(self, batch, dtype=torch.float64):
+        shape = (*batch, *self.event)
+        return {
+            "concentration1": torch.rand(shape, dtype=dtype) * 3 + 0.5,
+            "concentration0": torch.rand(shape, dtype=dtype) * 3 + 1.5,
+        }
+
+    def build(self, params):
+        return F.Beta(**params)
+
+    def upstream(self, params):
+        return D.Beta(**params)
+
+    def frozen(self, params):
+        return scipy.stats.beta(params["concentration1"], params["concentration0"])
+
+    def total(self, each):
+        return each.sum(tuple(range(-len(self.event), 0))) if self.event else each
+
+    def log_prob(self, params, value):
+        return self.total(self.frozen(params).logpdf(value))
+
+    def entropy(self, params):
+        return self.total(self.frozen(params).entropy())
+
+    def points(self, params):
+        dist = self.frozen(params)
+        up = np.maximum(params["concentration1"] - 1, 0)
+        return {
+            "mode": up / (up + params["concentration0"] - 1),
+            "median": dist.median(),
+            "mean": dist.mean(),
+            "variance": dist.var(),
+        }
+
+    @pytest.mark.parametrize("sample", [(), (7,)], ids=str)
+    def test_draws_and_their_gradients_are_upstreams(self, sample):
+        results = []
+        params = self.leaves((50,))
+        for build in (self.build, self.upstream):
+            torch.manual_seed(5)
+            value = build(params).rsample(sample)
+            grads = torch.autograd.grad(value.square().sum(), list(params.values()))
+            results.append((value, *grads))
+        assert torch.equal(results[0][0], results[1][0])
+        torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+
+    # A draw by rejection jumps with the parameters: its derivative is the test above's.
+    test_gradients_of_draws = None
+
+    # ATen's sampler refuses randomness="same", and half precisions, as upstream.
+    @pytest.mark.parametrize("randomness", ["different"])
+    def test_vmap_of_draws(self, randomness):
+        super().test_vmap_of_draws(randomness)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_dtypes_of_results(self, dtype):
+        super().test_dtypes_of_results(dtype)
+
+    @pytest.mark.parametrize("dtype", [torch.float32], ids=str)
+    def test_error_of_log_prob_is_at_most_twice_upstreams(self, dtype):
+        super().test_error_of_log_prob_is_at_most_twice_upstreams(dtype)
+
+    def test_kl_divergence(self):
+        p, q = self.params((3,)), self.params((3,))
+        expected = D.kl_divergence(self.upstream(p), self.upstream(q))
+        for one, other in ((self.build(p), self.build(q)), (self.build(p), self.upstream(q))):
+            torch.testing.assert_close(D.kl_divergence(one, other), expected)
+
+
+class TestIndependentBeta(TestBeta):
+    event = (4,)
+
+    def build(self, params):
+        return F.recognize(self.upstream(params))
+
+    def upstream(self, params):
+        return D.Independent(D.Beta(**params), 1)
+
+
+def test_medians_of_all_sizes():
+    a, b = torch.meshgrid(GRID, GRID, indexing="ij")
+    found = F.Beta(a, b).median.numpy()
+    np.testing.assert_allclose(found, scipy.stats.beta(a, b).median(), rtol=1e-9, atol=1e-300)
+
+
+def test_gradients_of_points():
+    a = torch.tensor([0.5, 2.0, 30.0], dtype=torch.float64, requires_grad=True)
+    b = torch.tensor([1.5, 0.7, 4.0], dtype=torch.float64, requires_grad=True)
+    for name in ("median", "mean", "mode", "variance"):
+        assert torch.autograd.gradcheck(lambda a, b, n=name: getattr(F.Beta(a, b), n), (a, b))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "mode"),
+    [(0.3, 0.5, 0), (0.5, 0.3, 1), (0.5, 0.5, 1), (1, 1, 0.5), (0.3, 1, 0), (1, 0.3, 1), (2, 1, 1)],
+)
+def test_modes_at_the_ends(a, b, mode):
+    assert F.Beta(float(a), float(b)).mode.item() == mode
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("name", ["concentration1", "concentration0"])
+def test_bad_parameters(name, value):
+    params = {"concentration1": torch.ones(2), "concentration0": torch.ones(2)}
+    params[name] = torch.tensor([1.0, value])
+    with pytest.raises(ValueError, match=rf"Beta expects {name} to be greater than 0.*\(1,\)"):
+        F.Beta(**params, validate_args=True)
