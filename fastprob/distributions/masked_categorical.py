@@ -184,10 +184,10 @@ class _MaskedBase(_CategoricalBase):
     def _action(self, position: Tensor) -> Tensor:
         return position if self._indices is None else ops.to_action(self._indices, position)
 
-    def _score_position(self, position: Tensor) -> Tensor:
+    def _score_position(self, position: Tensor, action: Tensor) -> Tensor:
         if self._indices is None:
             return categorical_ops.pick(self._scores, position)
-        return self._score_action(ops.to_action(self._indices, position))
+        return ops.score_position(self._scores, self._indices, position, action)
 
     def _score_action(self, action: Tensor) -> Tensor:
         if self._indices is None:
@@ -205,7 +205,8 @@ class _MaskedBase(_CategoricalBase):
             action = categorical_ops.median_of(self._action_probs)
             return action, self._score_action(action) if score else None
         position = self._at(interaction)
-        return self._action(position), self._score_position(position) if score else None
+        action = self._action(position)
+        return action, self._score_position(position, action) if score else None
 
     def entropy(self) -> Tensor:
         """Entropy in nats over the allowed actions, `[*batch]`; an entry of `indices` is one."""
@@ -278,7 +279,8 @@ class MaskedCategorical(_MaskedBase, D.Categorical):
 
     def _draw(self, shape, generator, score, pathwise):
         position = self._index(shape, generator)
-        return self._action(position), self._score_position(position) if score else None
+        action = self._action(position)
+        return action, self._score_position(position, action) if score else None
 
     def _point(self, interaction: InteractionType, score: bool):
         if interaction is not MEAN:
@@ -346,7 +348,7 @@ class MaskedOneHotCategorical(_MaskedBase, D.Categorical):
 
     logits = _MaskedBase.logits
     probs = _MaskedBase.probs
-    support = constraints.one_hot
+    support = constraints.one_hot  # type: ignore[assignment]
 
     @property
     def event_shape(self) -> torch.Size:
@@ -363,17 +365,19 @@ class MaskedOneHotCategorical(_MaskedBase, D.Categorical):
                     torch.ones((), device=scores.device), logits=scores, validate_args=False
                 ).rsample(shape)
             position = relaxed.detach().argmax(-1)
+            action = self._action(position)
             hard = one_hot(position, relaxed.shape[-1]).to(relaxed.dtype)
             value = relaxed + (hard - relaxed.detach())
             if self._indices is not None:
                 value = ops.spread(value, self._indices, self.num_samples)
         else:
             position = self._index(shape, generator)
-            value = one_hot(self._action(position), self.num_samples)
+            action = self._action(position)
+            value = one_hot(action, self.num_samples)
             if pathwise:
                 probs = self._action_probs
                 value = value + probs - probs.detach()
-        return value, self._score_position(position) if score else None
+        return value, self._score_position(position, action) if score else None
 
     def _point(self, interaction: InteractionType, score: bool):
         if interaction is not MEAN:

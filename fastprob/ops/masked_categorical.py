@@ -8,5 +8,6 @@ gather = reference.gather
 mask_logits = reference.mask_logits
 probs_to_logits = reference.probs_to_logits
 score_action = reference.score_action
+score_position = reference.score_position
 spread = reference.spread
 to_action = reference.to_action

@@ -30,7 +30,7 @@ def log_prob(
         value, logits = torch.broadcast_tensors(value, logits)
     # ATen's one operation for it: x s - max(s, 0) - log(1 + exp(-|s|)), without cancellation.
     cost = binary_cross_entropy_with_logits(logits, value, reduction="none")
-    return affine_sum(cost, ndims, 0.0, -1)
+    return affine_sum(cost, ndims, 0.0, -1) if ndims else cost.neg()
 
 
 def entropy(logits: Tensor, ndims: int) -> Tensor:

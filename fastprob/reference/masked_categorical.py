@@ -72,6 +72,21 @@ def score_action(
     return torch.where(found, torch.logsumexp(terms, -1), -math.inf)
 
 
+def score_position(
+    log_probs: Tensor,  # [*batch, L]
+    indices: Tensor,  # [*batch, L]
+    position: Tensor,  # [*sample, *batch]
+    action: Tensor,  # [*sample, *batch], the one listed at the position
+) -> Tensor:  # [*sample, *batch]
+    """Log-probability of the action at a position of the list that is not padding.
+
+    Entries that name the same action have the same logit: it is the entry's, and the logarithm of
+    their number. Half the time of looking the action up.
+    """
+    match = (indices == action.unsqueeze(-1)) & (log_probs > -math.inf)
+    return categorical.pick(log_probs, position) + match.sum(-1).to(log_probs.dtype).log()
+
+
 def spread(
     probs: Tensor,  # [*batch, L]
     indices: Tensor,  # [*batch, L]
