@@ -21,11 +21,10 @@ from fastprob.interaction import current_type
 from fastprob.io import skip_existing
 from fastprob.keys import aggregate_switch
 from fastprob.reference._chunks import PIECE
-from fastprob.reference._reduce import vectors
+from fastprob.reference._reduce import functorch_level, vectors
 from fastprob.reference.normal import HALF_LOG_2PI
 
 _grad_enabled = torch.is_grad_enabled
-_functorch_level = torch._C._functorch.peek_interpreter_stack
 _contiguous = torch.contiguous_format
 _Distribution = D.Distribution
 
@@ -74,7 +73,7 @@ class Straight:
         """
         if (
             _grad_enabled()
-            or _functorch_level() is not None
+            or functorch_level() is not None
             or skip_existing._mode
             or module.distribution_kwargs
             or _Distribution._validate_args

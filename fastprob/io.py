@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tensordict import TensorDict, is_tensor_collection
+from tensordict import TensorDict, is_tensor_collection, is_tensorclass
 from tensordict.nn import utils as _nn_utils
 from tensordict.tensorclass import is_non_tensor
 from tensordict.utils import NestedKey
@@ -60,8 +60,24 @@ def write(out: Any, items: Items, owner: Any) -> None:
             else:
                 out.set(key, value)
         return
-    for key, value in items:
-        out.set(key, value)
+    if _is_compiling():
+        for key, value in items:
+            out.set(key, value)
+        return
+    before: Items = []
+    try:
+        for key, value in items:
+            old = out.get(key, None)
+            out.set(key, value)
+            before.append((key, old))
+    except Exception:
+        # A tensorclass may lack the field, a stored tensordict the room: undo what was written.
+        for key, old in reversed(before):
+            if old is None and not is_tensorclass(out):
+                out.del_(key)
+            else:
+                out.set(key, old)
+        raise
 
 
 def leaves(tensordict: Any) -> Items:

@@ -11,6 +11,7 @@ from tensordict.nn import InteractionType
 from tensordict.nn import probabilistic as _upstream
 from torch import Tensor
 from torch import distributions as D
+from torch.distributions import constraints
 
 from fastprob import rng
 from fastprob.distributions._base import (
@@ -108,7 +109,7 @@ def _point(dist, interaction, generator, n_empirical_estimate):
         )
     if interaction is DETERMINISTIC:
         if hasattr(dist, "deterministic_sample"):
-            return dist.deterministic_sample
+            return dist.deterministic_sample  # type: ignore[attr-defined]
         interaction = _stand_in(dist)
     if interaction is MEAN:
         try:
@@ -137,7 +138,7 @@ def _stand_in(dist):
     if known is not None and known is not DETERMINISTIC:
         return known
     try:
-        real = isinstance(dist.support, type(D.constraints.real))
+        real = isinstance(dist.support, type(constraints.real))
     except (NotImplementedError, AttributeError):
         real = True
     chosen = MEAN if real else MODE

@@ -11,11 +11,11 @@ from torch import distributions as D
 
 from fastprob.reference._reduce import plain_tensors_only
 
-RANDOM = InteractionType.RANDOM
-MODE = InteractionType.MODE
-MEDIAN = InteractionType.MEDIAN
-MEAN = InteractionType.MEAN
-DETERMINISTIC = InteractionType.DETERMINISTIC
+RANDOM: InteractionType = InteractionType.RANDOM  # type: ignore[assignment]
+MODE: InteractionType = InteractionType.MODE  # type: ignore[assignment]
+MEDIAN: InteractionType = InteractionType.MEDIAN  # type: ignore[assignment]
+MEAN: InteractionType = InteractionType.MEAN  # type: ignore[assignment]
+DETERMINISTIC: InteractionType = InteractionType.DETERMINISTIC  # type: ignore[assignment]
 
 EMPTY = torch.Size()
 

@@ -183,7 +183,7 @@ class IndependentBernoulli(_BernoulliBase, D.Independent):
     variance = _BernoulliBase.variance
     entropy = _BernoulliBase.entropy
     has_rsample = False
-    has_enumerate_support = False
+    has_enumerate_support = False  # type: ignore[assignment]
 
     @property
     def support(self) -> constraints.Constraint:
@@ -204,7 +204,7 @@ def _check_probs(probs: Tensor) -> None:
         raise reject("Bernoulli", "probs", probs, "between 0 and 1", bad)
 
 
-def _build(cls: type, source: Any, ndims: int) -> Any:
+def _build(cls: Any, source: Any, ndims: int) -> Any:
     new = cls.__new__(cls)
     if isinstance(source, _BernoulliBase):
         new._given, new._from_probs = source._given, source._from_probs

@@ -167,14 +167,14 @@ class IndependentBeta(_BetaBase, D.Independent):
     variance = _BetaBase.variance
     entropy = _BetaBase.entropy
     has_rsample = True
-    has_enumerate_support = False
+    has_enumerate_support = False  # type: ignore[assignment]
 
     @property
     def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.unit_interval, self._ndims)
 
 
-def _build(cls: type, source: Any, ndims: int) -> Any:
+def _build(cls: Any, source: Any, ndims: int) -> Any:
     new = cls.__new__(cls)
     new.concentration1, new.concentration0 = source.concentration1, source.concentration0
     new._ndims = ndims

@@ -223,7 +223,7 @@ class OneHotCategorical(_CategoricalBase, D.Categorical):
 
     logits = _CategoricalBase.logits
     probs = _CategoricalBase.probs
-    support = constraints.one_hot
+    support = constraints.one_hot  # type: ignore[assignment]
 
     @property
     def event_shape(self) -> torch.Size:

@@ -60,7 +60,12 @@ def _adopt(dist: Any, kind: type) -> Any:
         if f"{cls.__module__}.{cls.__qualname__}" == _TORCHRL + kind.__name__:
             extra = {"event_dims": len(dist.event_shape)} if kind is TanhNormal else {}
             return kind(
-                dist.loc, dist.scale, low=dist.low, high=dist.high, validate_args=False, **extra
+                dist.loc,
+                dist.scale,
+                low=dist.low,
+                high=dist.high,
+                validate_args=False,
+                **extra,  # type: ignore[arg-type]
             )
     raise NotImplementedError(
         f"no KL divergence is known between a {kind.__name__} and a {type(dist).__name__}; "

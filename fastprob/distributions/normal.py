@@ -169,7 +169,7 @@ class IndependentNormal(_NormalBase, D.Independent):
         if not self._validate_args and _alike(loc, scale) and event_dim <= loc.ndim:
             # Nothing to convert and nothing to check: two frames fewer on the way of a call.
             self.loc = loc
-            self.scale = scale
+            self.scale = scale  # type: ignore[assignment]
             self._ndims = event_dim
         else:
             self._assign(loc, scale, event_dim)
@@ -213,8 +213,8 @@ class IndependentNormal(_NormalBase, D.Independent):
     event_shape = property(_NormalBase._event_size)
     _batch_shape = batch_shape
     _event_shape = event_shape
-    has_rsample = True
-    has_enumerate_support = False
+    has_rsample = True  # type: ignore[assignment]
+    has_enumerate_support = False  # type: ignore[assignment]
 
     @property
     def variance(self) -> Tensor:
@@ -285,7 +285,7 @@ def _alike(loc: Any, scale: Any) -> bool:
     )
 
 
-def _bare(cls: type) -> Any:
+def _bare(cls: Any) -> Any:
     return cls.__new__(cls)
 
 
@@ -298,7 +298,7 @@ def as_scale(scale: Any, loc: Tensor) -> Any:
     return scale(loc) if callable(scale) else scale
 
 
-def recognize(dist: D.Distribution) -> Fused | None:
+def recognize(dist: Any) -> Fused | None:
     """The fastprob distribution equal to a torch Normal or Independent(Normal), else None."""
     kind = type(dist)
     if kind is D.Normal:

@@ -67,7 +67,7 @@ class TanhNormal(Fused):
         RuntimeError: if `high` is not greater than `low`.
     """
 
-    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012
+    arg_constraints: Any = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012
     has_rsample = True
     num_params = 2
 

@@ -57,7 +57,7 @@ class TruncatedNormal(Fused):
             above 0, or the shapes do not broadcast.
     """
 
-    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012
+    arg_constraints: Any = {"loc": constraints.real, "scale": constraints.positive}  # noqa: RUF012
     has_rsample = True
     num_params = 2
 
@@ -242,7 +242,7 @@ def _read_bounds(low: Any, high: Any, loc: Tensor) -> tuple[Any, Any]:
     if (
         low_t.is_cpu
         and not torch.compiler.is_compiling()
-        and not torch._C._functorch.peek_interpreter_stack()
+        and not torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
     ):
         kind = (low, high, _version(low), _version(high))
         known = _checked

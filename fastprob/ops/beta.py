@@ -28,7 +28,7 @@ mode = reference.mode
 def _slopes(parts: Tensor, concentration: Tensor) -> tuple[Tensor, Tensor]:
     """The derivatives of the first part by the two concentrations."""
     total = concentration.sum(-1, True).expand_as(concentration)
-    grad = torch._dirichlet_grad(parts, concentration, total)
+    grad = torch._dirichlet_grad(parts, concentration, total)  # type: ignore[attr-defined]
     x = parts[..., 0]
     return grad[..., 0] * (1.0 - x), grad[..., 1] * -x
 
@@ -39,7 +39,7 @@ def _draw(a: Tensor, b: Tensor, shape: Any, generator: Any) -> tuple[Tensor, Ten
     concentration = torch.stack((a, b), -1)
     if shape:
         concentration = concentration.expand(shape + concentration.shape)
-    return torch._sample_dirichlet(concentration, generator), concentration
+    return torch._sample_dirichlet(concentration, generator), concentration  # type: ignore[attr-defined]
 
 
 class _Sample(torch.autograd.Function):
@@ -103,8 +103,8 @@ def _differentiated() -> bool:
     """Whether a functorch transform other than vmap is at work."""
     if torch.compiler.is_compiling():
         return False
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in stack)
+    stack = torch._C._functorch.get_interpreter_stack() or ()  # type: ignore[attr-defined]
+    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in stack)  # type: ignore[attr-defined]
 
 
 def sample(a: Tensor, b: Tensor, shape: torch.Size, generator: torch.Generator | None) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 _is_compiling = torch.compiler.is_compiling
-_functorch_level = torch._C._functorch.peek_interpreter_stack
+# What functorch's innermost transform is, None outside of any.
+functorch_level = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
 
 _VECTORS: dict[tuple, tuple[Tensor, Tensor]] = {}
 # BLAS covers these two; half precisions are summed by ATen, which accumulates them in fp32.
@@ -24,7 +25,7 @@ def plain_tensors_only() -> bool:
     In-place fusions, cached constants and `autograd.Function` subclasses belong to plain eager
     mode; everything that traces or batches gets the out-of-place formula instead.
     """
-    return not _is_compiling() and _functorch_level() is None
+    return not _is_compiling() and functorch_level() is None
 
 
 def sum_rightmost(x: Tensor, ndims: int) -> Tensor:

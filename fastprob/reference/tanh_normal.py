@@ -144,7 +144,7 @@ def sample_score_pieces(
         if half != 1.0 or mid != 0.0:
             out.mul_(half).add_(mid)
         torch.log(sigma, out=energy).addcmul_(noise, noise, value=0.5)
-        torch._C._nn.softplus(x, -2.0, 40.0, out=noise)
+        torch._C._nn.softplus(x, -2.0, 40.0, out=noise)  # type: ignore[attr-defined]
         energy.sub_(torch.sub(x, noise, alpha=2.0, out=x), alpha=2.0)
         if ndims:
             torch.addmv(offset, energy, weights, out=sums)
