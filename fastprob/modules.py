@@ -13,7 +13,7 @@ from tensordict.nn import CompositeDistribution as _UpstreamComposite
 from tensordict.nn import InteractionType, dispatch
 from tensordict.nn import probabilistic as _upstream
 from tensordict.utils import NestedKey
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributions as D
 
 from fastprob.direct import Straight
@@ -104,6 +104,8 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
     # The straight call of this configuration, or None; worked out at the first call.
     _straight: Straight | None = _UNSET
 
+    _build: Callable[..., Any]  # what distribution_class resolves to
+
     def __init__(
         self,
         in_keys: NestedKey | Sequence[NestedKey] | dict[str, NestedKey],
@@ -175,8 +177,10 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         built = resolve(value)
         if isinstance(value, str):
             value = built
-        self._distribution_class = value
-        self._build = built
+        # Not by setattr, which would make children of a module that builds distributions, under
+        # names that upstream's state_dict does not have.
+        self.__dict__["_distribution_class"] = value
+        self.__dict__["_build"] = built
 
     def _infer_out_keys(self) -> list[NestedKey]:
         if not (isinstance(self._build, type) and issubclass(self._build, _UpstreamComposite)):
@@ -239,6 +243,16 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         if stream is None:
             return None
         return stream.generator if stream.key is None else stream.key
+
+    def _resolve_generator(self, tensordict: Any) -> tuple[Any, Any]:
+        """The generator of a call and what writes its successor, as tensordict's sequences ask."""
+        stream = self._stream
+        if stream is None:
+            return None, None
+        generator, successor = stream.open(tensordict, self.in_keys)
+        if successor is None:
+            return generator, None
+        return generator, lambda used: stream.close((tensordict,), used, successor)
 
     # distribution ---------------------------------------------------------------------------
 
@@ -423,6 +437,9 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
+        if name == "distribution_class" and isinstance(value, nn.Module):
+            # Kept as a child by now, past the property.
+            ProbabilisticTensorDictModule.distribution_class.__set__(self, value)
         # Whatever was changed, the straight call is looked for anew.
         self.__dict__.pop("_straight", None)
 

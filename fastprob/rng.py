@@ -177,6 +177,9 @@ _OPERATORS: tuple[tuple[str, str, Any, Any], ...] = (
 for _name, _schema, _impl, _fake_impl in _OPERATORS:
     _library.define(_name + _schema, tags=(torch.Tag.nondeterministic_seeded,))
     _library.impl(_name, _impl, "CompositeExplicitAutograd")
+    # Noise has no gradient, whatever it is made like. Autograd's own fallback would mark it as part
+    # of the graph, and warn in the backward pass.
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"fastprob::{_name}", _fake_impl, lib=_library)
 
 

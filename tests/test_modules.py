@@ -922,3 +922,31 @@ def test_the_module_leaves_the_globals_alone():
         torch.get_default_dtype(),
         torch.is_grad_enabled(),
     )
+
+
+class Prior(nn.Module):
+    """Builds a distribution with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((4,), 0.5))
+
+    def forward(self, loc):
+        return D.Independent(D.Normal(loc, self.scale), 1)
+
+
+def test_a_module_that_builds_the_distribution_is_a_child_of_the_same_name_as_upstream():
+    ours, theirs = (
+        cls(in_keys=["loc"], out_keys=["action"], distribution_class=Prior())
+        for cls in (ProbabilisticTensorDictModule, tdnn.ProbabilisticTensorDictModule)
+    )
+    assert list(ours.state_dict()) == list(theirs.state_dict()) == ["distribution_class.scale"]
+    assert [name for name, _ in ours.named_modules()] == ["", "distribution_class"]
+    td = normal_td(3)
+    for module in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert module.distribution_class is dict(module.named_children())["distribution_class"]
+        dist = module.get_dist(td)
+        assert dist.base_dist.scale.unique().item() == 0.5
+    ours.distribution_class = Prior().requires_grad_(False)
+    assert not ours.distribution_class.scale.requires_grad
+    assert not ours.get_dist(td).base_dist.scale.requires_grad

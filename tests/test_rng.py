@@ -394,3 +394,58 @@ def test_the_joint_methods_take_a_generator():
             first = dist.rsample_and_log_prob(generator=generator())
             again = dist.sample_and_log_prob(generator=generator())
         torch.testing.assert_close(first, again)
+
+
+@pytest.mark.parametrize("source", ["none", "generator", "int", "key"])
+def test_in_a_sequence_of_upstreams_the_same_conditional_distribution(source):
+    def parameters():
+        return TensorDict(loc=torch.zeros(3), scale=torch.ones(3), seed=torch.tensor(5))
+
+    outs = []
+    for cls in (fp.ProbabilisticTensorDictModule, tdnn.ProbabilisticTensorDictModule):
+        generator = {"generator": torch.Generator().manual_seed(3), "int": 3, "key": "seed"}
+        first, second = (
+            cls(
+                in_keys={"loc": loc, "scale": "scale"},
+                out_keys=[out],
+                distribution_class=D.Normal,
+                default_interaction_type="random",
+                generator=generator.get(source),
+            )
+            for loc, out in (("loc", "a"), ("a", "b"))
+        )
+        seq = tdnn.ProbabilisticTensorDictSequential(first, second)
+        torch.manual_seed(0)
+        outs.append(torch.stack([seq.get_dist(parameters()).dists["b"].loc for _ in range(2)]))
+    torch.testing.assert_close(*outs, rtol=0, atol=0)
+    assert (outs[0][0] == outs[0][1]).all().item() is (source == "key")
+
+
+@pytest.mark.parametrize(
+    "dist, params, kwargs",
+    [
+        ("IndependentNormal", ["loc", "scale"], {}),
+        ("TanhNormal", ["loc", "scale"], {}),
+        ("TruncatedNormal", ["loc", "scale"], {"low": -1.0, "high": 1.0}),
+        ("Beta", ["concentration1", "concentration0"], {}),
+        ("OneHotCategorical", ["logits"], {}),
+    ],
+)
+def test_compiled_draws_backpropagate(dist, params, kwargs):
+    module = head(
+        in_keys=params,
+        distribution_class=dist,
+        distribution_kwargs=kwargs,
+        default_interaction_type="random",
+        return_log_prob=True,
+    )
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    grads = []
+    for call in (module, compiled):
+        torch.manual_seed(1)
+        leaves = [torch.rand(6, 4).add_(0.2).requires_grad_() for _ in params]
+        td = call(TensorDict(dict(zip(params, leaves, strict=True)), batch_size=[6]))
+        (td["action"].square().sum() + td["sample_log_prob"].sum()).backward()
+        grads.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(grads[1], grads[0])
+    assert all(g.abs().max() > 0 for g in grads[0])
