@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastprob.io import Items, write
 from fastprob.modules import ProbabilisticTensorDictModule
@@ -175,7 +175,13 @@ class SafeProbabilisticTensorDictSequential(_HasSpec, ProbabilisticTensorDictSeq
 
     @property
     def spec(self) -> Any:
-        """The composite spec of all out-keys; None for those that no module has a spec for."""
+        """The composite spec of all out-keys; None for those that no module has a spec for.
+
+        Put together anew at every access, unless a composite was set.
+        """
+        given = self.__dict__.get("_spec")
+        if given is not None:
+            return given
         merged: Any = None
         entries: dict[NestedKey, Any] = {}
         for module in self._modules_now():
@@ -191,6 +197,28 @@ class SafeProbabilisticTensorDictSequential(_HasSpec, ProbabilisticTensorDictSeq
         for key, value in entries.items():
             spec[key] = value
         return spec
+
+    @spec.setter
+    def spec(self, spec: Any) -> None:
+        if not _is_composite(spec):
+            raise RuntimeError(
+                f"spec must be a Composite with the keys {self.out_keys}, got "
+                f"{type(spec).__name__}; wrap it as Composite({{key: spec}})"
+            )
+        self.__dict__["_spec"] = spec
+
+    def to(self, *args: Any, **kwargs: Any) -> SafeProbabilisticTensorDictSequential:
+        """Moves the modules and their specs."""
+        for module in self._modules_now():
+            if isinstance(module, _HasSpec):
+                module.to(*args, **kwargs)  # type: ignore[attr-defined]
+        # Past TorchRL's, in a class that derives from it: it sets the spec that it moves.
+        nn.Module.to(self, *args, **kwargs)
+        device, *_ = torch._C._nn._parse_to(*args, **kwargs)  # type: ignore[attr-defined]
+        given = self.__dict__.get("_spec")
+        if device is not None and given is not None:
+            self.spec = given.to(device)
+        return self
 
     def random(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes a random element of the spec of the last module's first sampled key.

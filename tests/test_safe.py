@@ -396,3 +396,18 @@ def test_copies(library, clone):
 def test_classes():
     assert issubclass(SafeProbabilisticModule, ProbabilisticTensorDictModule)
     assert issubclass(SafeProbabilisticModule, tdnn.ProbabilisticTensorDictModule)
+
+
+def test_the_spec_of_a_sequence_can_be_set_and_moves_with_it():
+    net = tdnn.TensorDictModule(lambda x: x, in_keys=["x"], out_keys=["loc"])
+    seq = SafeProbabilisticTensorDictSequential(net, safe(spec=specs.Unbounded(shape=(4,))))
+    with pytest.raises(RuntimeError, match="must be a Composite"):
+        seq.spec = specs.Bounded(-1, 1, shape=(4,))
+    assert seq.spec["action"] is seq[-1].spec["action"]
+    assert seq.to("meta") is seq
+    assert seq[-1].spec["action"].device.type == seq.spec["action"].device.type == "meta"
+    own = specs.Composite(action=specs.Unbounded(shape=(2, 4)))
+    seq.spec = own
+    assert seq.spec is own
+    assert seq.to("meta").spec["action"].device.type == "meta"
+    assert copy.deepcopy(seq).spec["action"] == seq.spec["action"]
