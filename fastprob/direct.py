@@ -99,7 +99,8 @@ class Straight:
         rows, n = shape
         batch_size, device = tensordict.batch_size, tensordict.device
         if (
-            n == 0
+            rows == 0  # a product with no rows has the shape of its offset
+            or n == 0
             or rows * n >= 4 * PIECE
             or (batch_size and batch_size != shape[:1])
             or (device is not None and device.type != "cpu")

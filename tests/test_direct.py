@@ -1,0 +1,201 @@
+"""The straight call gives what the general one gives, and steps aside where it does not apply."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import set_composite_lp_aggregate, set_skip_existing
+from torch import distributions as D
+
+from fastprob import (
+    ProbabilisticTensorDictModule,
+    SafeProbabilisticModule,
+    set_interaction_type,
+)
+from fastprob.direct import Straight
+from fastprob.distributions import IndependentNormal, TanhNormal
+from fastprob.specs import Bounded
+
+ARGS = {
+    "in_keys": ["loc", "scale"],
+    "out_keys": ["action"],
+    "distribution_class": IndependentNormal,
+    "default_interaction_type": "random",
+    "return_log_prob": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def unchecked():
+    """The straight call serves where torch's argument checks are off, as TorchRL leaves them."""
+    before = D.Distribution._validate_args
+    D.Distribution.set_default_validate_args(False)
+    yield
+    D.Distribution.set_default_validate_args(before)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Whether each call that reached the straight one was made by it."""
+    seen: list[bool] = []
+    run = Straight.run
+
+    def record(self, module, tensordict):
+        seen.append(run(self, module, tensordict))
+        return seen[-1]
+
+    monkeypatch.setattr(Straight, "run", record)
+    return seen
+
+
+def params(rows=5, n=3, dtype=torch.float32, batch=None, **kwargs):
+    return TensorDict(
+        {
+            "loc": torch.randn(rows, n, dtype=dtype),
+            "scale": torch.rand(rows, n, dtype=dtype) + 0.1,
+        },
+        [rows] if batch is None else batch,
+        **kwargs,
+    )
+
+
+def general(module, td):
+    """The same call by the general way."""
+    module.__dict__["_straight"] = None
+    return module(td)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows, n", [(0, 3), (1, 1), (5, 3), (16, 8), (700, 17)])
+@pytest.mark.parametrize("batch", ["rows", "none"])
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("safe", [False, True])
+def test_equals_the_general_call_bit_for_bit(runs, dtype, rows, n, batch, device, safe):
+    td = params(rows, n, dtype, None if batch == "rows" else [], device=device)
+    if safe:
+        module = SafeProbabilisticModule(
+            **ARGS, spec=Bounded(-0.5, 0.5, shape=(n,), dtype=dtype), safe=True
+        )
+    else:
+        module = ProbabilisticTensorDictModule(**ARGS)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        straight = module(td.copy())
+        state = torch.get_rng_state()
+        torch.manual_seed(3)
+        other = general(module, td.copy())
+    assert runs == [rows > 0]
+    assert list(straight.keys()) == list(other.keys())
+    for key in ("action", "sample_log_prob"):
+        assert straight[key].dtype == dtype
+        assert torch.equal(straight[key], other[key])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_writes_to_the_input_and_returns_it(runs):
+    td = params()
+    with torch.no_grad():
+        assert ProbabilisticTensorDictModule(**ARGS)(td) is td
+    assert runs == [True]
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        lambda td: td.set("loc", td["loc"].half()).set("scale", td["scale"].half()),
+        lambda td: td.set("scale", td["scale"][:, :1]),
+        lambda td: td.set("scale", td["scale"].double()),
+        lambda td: td.set("loc", torch.nn.Parameter(td["loc"])),
+        lambda td: TensorDict({k: v.view(5, 3, 1) for k, v in td.items()}, [5]),
+        lambda td: TensorDict(dict(td.items()), [5, 3]).lock_(),
+    ],
+    ids=["half", "broadcast", "two dtypes", "parameter", "three dims", "locked"],
+)
+def test_steps_aside_for_other_inputs(runs, prepare):
+    td = prepare(params())
+    module = ProbabilisticTensorDictModule(**ARGS)
+    with torch.no_grad():
+        if td.is_locked:
+            with pytest.raises(RuntimeError):
+                module(td)
+        else:
+            torch.manual_seed(0)
+            first = module(td.copy())
+            torch.manual_seed(0)
+            assert torch.equal(first["action"], general(module, td.copy())["action"])
+    assert runs == [False]
+
+
+def test_steps_aside_where_gradients_are_wanted(runs):
+    td = params()
+    td["loc"].requires_grad_()
+    assert ProbabilisticTensorDictModule(**ARGS)(td)["action"].requires_grad
+    assert runs == [False]
+
+
+def test_steps_aside_for_a_batch_size_that_the_results_do_not_fit(runs):
+    td = params(batch=[5, 3])
+    with torch.no_grad(), pytest.raises(RuntimeError, match="batch size"):
+        ProbabilisticTensorDictModule(**ARGS)(td)
+    assert runs == [False] and list(td.keys()) == ["loc", "scale"]
+
+
+def test_steps_aside_under_the_switches(runs):
+    module = ProbabilisticTensorDictModule(**ARGS)
+    td = params()
+    with torch.no_grad():
+        with set_interaction_type("mode"):
+            assert torch.equal(module(td)["action"], td["loc"])
+        before = td["action"]
+        with set_skip_existing(True):
+            assert module(td)["action"] is before
+        with set_composite_lp_aggregate(True), pytest.raises(RuntimeError, match="aggregate"):
+            module(td)
+        D.Distribution.set_default_validate_args(True)
+        td["scale"][0, 0] = -1.0
+        with pytest.raises(ValueError, match="greater than 0"):
+            module(td)
+    assert runs == [False] * 4
+
+
+def test_later_changes_of_the_module_are_seen(runs):
+    module = ProbabilisticTensorDictModule(**ARGS)
+    td = params()
+    with torch.no_grad():
+        module(td)
+        module.return_log_prob = False
+        del td["sample_log_prob"]
+        assert "sample_log_prob" not in module(td)
+        module.return_log_prob = True
+        module.default_interaction_type = "mode"
+        module.distribution_class = TanhNormal
+        assert (module(td)["action"].abs() < 1).all()
+        module.distribution_class = IndependentNormal
+        module.distribution_kwargs["event_dim"] = 0
+        assert module(td)["sample_log_prob"].shape == (5, 3)
+        module.distribution_kwargs.clear()
+        module.num_samples = torch.Size([2])
+        assert module(td).shape == (2, 5)
+        module.num_samples = None
+        module.get_dist = lambda tensordict: IndependentNormal(tensordict["loc"] + 100.0, 1e-3)
+        assert (module(td)["action"] > 50).all()
+    assert runs == [True, False]
+
+
+def test_an_overridden_get_dist_is_seen(runs):
+    class Shifted(ProbabilisticTensorDictModule):
+        def get_dist(self, tensordict):
+            return IndependentNormal(tensordict["loc"] + 100.0, tensordict["scale"])
+
+    with torch.no_grad():
+        assert (Shifted(**ARGS)(params())["action"] > 50).all()
+    assert runs == []
+
+
+def test_hooks_run(runs):
+    module = ProbabilisticTensorDictModule(**ARGS)
+    module.register_forward_hook(lambda m, args, out: out.set("seen", torch.ones(5)))
+    with torch.no_grad():
+        assert "seen" in module(params())
+    assert runs == [True]
