@@ -63,7 +63,8 @@ class _BernoulliBase(Fused):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of zeros and ones, `[*sample, *batch]`."""
-        if self._checks(value):
+        # torch fails to reshape an empty value for its check of an event.
+        if self._checks(value) and value.numel():
             self._validate_sample(value)
         logits = self.logits
         if value.dtype is not logits.dtype:

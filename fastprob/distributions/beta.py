@@ -50,7 +50,8 @@ class _BetaBase(Fused):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of `value`, `[*sample, *batch]`."""
-        if self._checks(value):
+        # torch fails to reshape an empty value for its check of an event.
+        if self._checks(value) and value.numel():
             self._validate_sample(value)
         return ops.log_prob(self.concentration1, self.concentration0, value, self._ndims)
 

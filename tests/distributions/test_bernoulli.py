@@ -17,6 +17,7 @@ class TestBernoulliLogits(Suite):
     event = ()
     discrete = True
     pathwise = False
+    value_grad = False
 
     def params(self, batch, dtype=torch.float64):
         return {"logits": torch.randn((*batch, *self.event), dtype=dtype) * 2}
