@@ -43,7 +43,8 @@ class TanhDelta(Fused):
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
-    has_rsample = True
+    # As upstream, and as Delta: a module's random value carries no gradient.
+    has_rsample = False
 
     def __init__(
         self,
