@@ -33,5 +33,5 @@ def test_a_draw_of_a_tanh_delta_carries_no_gradient_and_its_mode_does(interactio
 
 
 def test_a_composite_of_a_tensor_says_what_it_expects():
-    with pytest.raises(TypeError, match="expects params to be a tensordict .* got Tensor"):
+    with pytest.raises(TypeError, match=r"expects params to be a tensordict .* got Tensor"):
         F.CompositeDistribution(torch.zeros(3), {"a": D.Normal})

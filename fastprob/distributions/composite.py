@@ -66,8 +66,8 @@ class CompositeDistribution(Fused, _Upstream):
             self._batch_shape = params.batch_size
         except AttributeError:
             raise TypeError(
-                "CompositeDistribution expects params to be a tensordict with the parameters of each "
-                f"component under its name, got {type(params).__name__}"
+                "CompositeDistribution expects params to be a tensordict with the parameters of "
+                f"each component under its name, got {type(params).__name__}"
             ) from None
         names = {unravel_key(k): unravel_key(v) for k, v in (name_map or {}).items()}
         extras = {unravel_key(k): v for k, v in (extra_kwargs or {}).items()}
