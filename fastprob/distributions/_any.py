@@ -26,8 +26,9 @@ from fastprob.distributions._base import (
 
 # tensordict 0.15 renamed the register; both map a torch class to the type that stands in for
 # DETERMINISTIC.
-_REGISTER: dict[type, InteractionType] = getattr(
-    _upstream, "DETERMINISTIC_REGISTER", getattr(_upstream, "_DETERMINISTIC_REGISTER", {})
+_names = vars(_upstream)
+_REGISTER: dict[type, InteractionType] = (
+    _names.get("DETERMINISTIC_REGISTER") or _names.get("_DETERMINISTIC_REGISTER") or {}
 )
 
 
