@@ -21,7 +21,7 @@ from fastprob.interaction import current_type
 from fastprob.io import skip_existing
 from fastprob.keys import aggregate_switch
 from fastprob.reference._chunks import PIECE
-from fastprob.reference._reduce import functorch_level, vectors
+from fastprob.reference._reduce import functorch_level, kept_vectors, vectors
 from fastprob.reference.normal import HALF_LOG_2PI
 
 _grad_enabled = torch.is_grad_enabled
@@ -97,7 +97,7 @@ class Straight:
         ):
             return False
         rows, n = shape
-        batch_size, device = tensordict.batch_size, tensordict.device
+        batch_size, device = tensordict._batch_size, tensordict._device
         if (
             rows == 0  # a product with no rows has the shape of its offset
             or n == 0
@@ -106,7 +106,8 @@ class Straight:
             or (device is not None and device.type != "cpu")
         ):
             return False
-        offset, weights = vectors(n, -HALF_LOG_2PI, -1, dtype)
+        key = (n, -HALF_LOG_2PI, -1, dtype)
+        offset, weights = kept_vectors.get(key) or vectors(*key)
         noise = torch.randn_like(loc, memory_format=_contiguous)
         value = torch.addcmul(loc, noise, scale)
         energy = torch.log(scale).addcmul_(noise, noise, value=0.5)

@@ -14,7 +14,7 @@ _is_compiling = torch.compiler.is_compiling
 # What functorch's innermost transform is, None outside of any.
 functorch_level = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
 
-_VECTORS: dict[tuple, tuple[Tensor, Tensor]] = {}
+kept_vectors: dict[tuple, tuple[Tensor, Tensor]] = {}
 # BLAS covers these two; half precisions are summed by ATen, which accumulates them in fp32.
 _BLAS_DTYPES = (torch.float32, torch.float64)
 
@@ -55,16 +55,16 @@ def event_numel(shape: torch.Size, ndims: int) -> int:
 
 def vectors(n: int, bias: float, alpha: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The scalar `n * bias` and a vector of n times `alpha`, made once."""
-    found = _VECTORS.get((n, bias, alpha, dtype))
+    found = kept_vectors.get((n, bias, alpha, dtype))
     if found is not None:
         return found
-    if len(_VECTORS) > 4096:
-        _VECTORS.clear()
+    if len(kept_vectors) > 4096:
+        kept_vectors.clear()
     # An inference tensor could not be saved for a later backward pass.
     with torch.inference_mode(False), torch.no_grad():
         weights = torch.full((n,), float(alpha), dtype=dtype)
         made = torch.tensor(n * bias, dtype=dtype), weights
-    _VECTORS[(n, bias, alpha, dtype)] = made
+    kept_vectors[(n, bias, alpha, dtype)] = made
     return made
 
 
@@ -90,7 +90,7 @@ def affine_sum(x: Tensor, ndims: int, bias: float, alpha: int, plain: bool | Non
     # numel: addmv of no rows takes the shape of the offset.
     if plain and x.numel() and x.is_cpu and x.dtype in _BLAS_DTYPES:
         key = (n, bias, alpha, x.dtype)
-        offset, weights = _VECTORS.get(key) or vectors(*key)
+        offset, weights = kept_vectors.get(key) or vectors(*key)
         if len(shape) == 2 and ndims == 1:
             return torch.addmv(offset, x, weights)
         batch = shape[: len(shape) - ndims]
