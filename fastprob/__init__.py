@@ -13,6 +13,7 @@ _here = _Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "README.md").is_file():
     __path__.append(str(_here.parent))
 
+from fastprob.accelerate import accelerate
 from fastprob.distributions import CompositeDistribution
 from fastprob.interaction import InteractionType, interaction_type, set_interaction_type
 from fastprob.modules import ProbabilisticTensorDictModule
@@ -26,6 +27,7 @@ __all__ = [
     "ProbabilisticTensorDictSequential",
     "SafeProbabilisticModule",
     "SafeProbabilisticTensorDictSequential",
+    "accelerate",
     "interaction_type",
     "set_interaction_type",
 ]

@@ -168,6 +168,32 @@ class LogProbKeys:
         if self.only is None and self.each is not None and one:
             self.only = self.each[0]
 
+    @classmethod
+    def resolved(
+        cls,
+        each: Sequence[NestedKey] | None,
+        total: NestedKey | None,
+        aggregate: bool,
+        owner: str,
+    ) -> LogProbKeys:
+        """The keys that another module has settled already.
+
+        Args:
+            each: one key per sampled key, or None where only the sum has one.
+            total: the key of the sum, or None where there is none.
+            aggregate: the switch when they were settled.
+            owner: class name for messages.
+        """
+        self = cls.__new__(cls)
+        self.owner = owner
+        self.aggregate = aggregate
+        self.each = None if each is None else [unravel_key(k) for k in each]
+        self.total = None if total is None else unravel_key(total)
+        self.only = self.total
+        if self.only is None and self.each is not None and len(self.each) == 1:
+            self.only = self.each[0]
+        return self
+
     def written(self) -> list[NestedKey]:
         """Every key that a scored call is sure to write, in the order of writing."""
         keys = list(self.each or ())

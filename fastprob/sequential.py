@@ -27,6 +27,11 @@ _HEADS = (
 )
 
 
+def _takes(cls: type, name: str) -> bool:
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
 class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequential):
     """A sequence of tensordict modules with at least one probabilistic one, as a rule the last.
 
@@ -52,6 +57,9 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
     """
 
     module: Any  # nn.ModuleList, or nn.ModuleDict for named modules
+
+    # The class of a slice, where the constructor of this one takes something else than modules.
+    _sliced: type | None = None
 
     def __init__(self, *modules: Any, **kwargs: Any) -> None:
         super().__init__(*modules, **kwargs)
@@ -147,14 +155,10 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
             self.return_composite or isinstance(modules[-1], _HEADS)
         ):
             return TensorDictSequential(*args, **kwargs)
-        if self.return_composite and self._takes("return_composite"):
+        kind = self._sliced or type(self)
+        if self.return_composite and _takes(kind, "return_composite"):
             kwargs["return_composite"] = True
-        return type(self)(*args, **kwargs)
-
-    @classmethod
-    def _takes(cls, name: str) -> bool:
-        parameters = inspect.signature(cls.__init__).parameters.values()
-        return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
+        return kind(*args, **kwargs)
 
     @property
     def log_prob_key(self) -> NestedKey:
