@@ -669,11 +669,6 @@ def test_the_report_and_the_log_name_each_module(caplog):
         assert torch.equal((td := policy(data(2)))["action"], td["loc"])
 
 
-def test_fastprob_does_not_import_torchrl():
-    program = "import sys, fastprob; fastprob.accelerate; assert 'torchrl' not in sys.modules"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
-
-
 # compiled -------------------------------------------------------------------------------------
 
 
