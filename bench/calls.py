@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import results
-from bench.cases import CASES, LARGE, SHAPES, SMALL, TARGETS, Case, Shape, Sides, Target
+from bench.cases import CASES, LARGE, TARGETS, Case, Shape, Sides, Target
 from bench.console import make_console, make_progress
 from bench.gate import WrongResult, verify
 from bench.implementations import implementation
@@ -50,10 +50,11 @@ def run(args: argparse.Namespace) -> int:
     )
     fast = "upstream" if args.null else "fastprob"
     sides = {"upstream": implementation("upstream"), "fastprob": implementation(fast)}
-    cases = [CASES[name] for name in (args.case or CASES)]
-    shapes = [SMALL] if args.quick else list(SHAPES)
+    cases = [CASES[name] for name in args.case or CASES]
+    if args.quick and not args.case:
+        cases = [case for case in cases if case.quick]
     clock = time.thread_time_ns if args.threads == 1 else time.perf_counter_ns
-    rows = measure(cases, shapes, sides, quick=args.quick, console=console, clock=clock)
+    rows = measure(cases, sides, quick=args.quick, console=console, clock=clock)
     judged = judge(rows)
     print_targets(console, judged)
     print_information(console, rows)
@@ -71,22 +72,21 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(
     cases: list[Case],
-    shapes: list[Shape],
     sides: Sides,
     *,
     quick: bool,
     console: Console,
     clock: Callable[[], int],
 ) -> list[Row]:
-    """Checks, then times, every case at every shape."""
+    """Checks, then times, every case at each of its shapes; with ``quick`` at the first."""
+    plan = [(case, shape) for case in cases for shape in case.shapes[: 1 if quick else None]]
     rows = []
     with make_progress(console) as progress:
-        task = progress.add_task("calls", total=len(cases) * len(shapes))
-        for case in cases:
-            for shape in shapes:
-                progress.update(task, description=_at(case.name, shape))
-                rows.append(_measure_one(case, shape, sides, quick, clock))
-                progress.advance(task)
+        task = progress.add_task("calls", total=len(plan))
+        for case, shape in plan:
+            progress.update(task, description=_at(case.name, shape))
+            rows.append(_measure_one(case, shape, sides, quick, clock))
+            progress.advance(task)
     return rows
 
 
@@ -109,7 +109,7 @@ def _measure_one(
             # The first calls fill caches and, under torch.compile, guard on the written entries.
             for _ in range(5):
                 provider.call()
-        targeted = any(target.case == case.name for target in TARGETS)
+        targeted = any(t.case == case.name and shape in t.bounds for t in TARGETS)
         budget = QUICK_S if quick else TARGET_S if targeted else INFORMATION_S
         if shape == LARGE:
             budget *= LARGE_FACTOR

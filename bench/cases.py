@@ -28,7 +28,6 @@ Sides = Mapping[str, Implementation]
 
 SMALL, MEDIUM, LARGE = (16, 8), (4096, 8), (65536, 16)
 SHAPES: tuple[Shape, ...] = (SMALL, MEDIUM, LARGE)
-BOUND = 1.0
 BOTH = ("upstream", "fastprob")
 
 
@@ -41,12 +40,16 @@ class Case:
         title: what is called, in words.
         build: makes the problem for the two sides at a shape.
         providers: the names of the problem's makers.
+        shapes: where it is measured.
+        quick: whether ``--quick`` measures it.
     """
 
     name: str
     title: str
     build: Callable[[Sides, Shape], Problem]
     providers: tuple[str, ...] = BOTH
+    shapes: tuple[Shape, ...] = SHAPES
+    quick: bool = True
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,13 @@ class Target:
         """Whether a measured ratio keeps the bound at a shape."""
         bound = self.bounds[shape]
         return ratio >= bound if self.at_least else ratio <= bound
+
+
+def _spec(impl: Implementation, family: Family, width: int) -> Any:
+    if family.spec is not None:
+        return family.spec(impl.specs, width)
+    low, high = family.bounds
+    return impl.specs.Bounded(low=low, high=high, shape=(width,))
 
 
 def _module(impl: Implementation, family: Family, params: list[str], **kwargs: Any) -> nn.Module:
@@ -109,21 +119,26 @@ def sampling(
             impl = sides[side]
             projection = {}
             if safe:
-                spec = impl.Bounded(low=-BOUND, high=BOUND, shape=(shape[1],))
-                projection = {"spec": spec, "safe": True}
+                projection = {"spec": _spec(impl, family, shape[1]), "safe": True}
             keys = list(params)
             return _module(impl, family, keys, default_interaction_type=kind, **projection)
 
         def expected(seed: int) -> dict[str, Expected]:
             if kind is InteractionType.RANDOM:
-                draw = family.draw(params, seed)
+                torch.manual_seed(seed)
+                draw = family.draw(params)
             else:
+                assert family.point is not None
                 point = family.point(params)
                 draw = families.scored(point, family.score(params, point.value))
-            return families.projected(draw, -BOUND, BOUND) if safe else draw
+            return families.projected(family, draw) if safe else draw
 
         def rescore(got: dict[str, Tensor]) -> dict[str, Expected]:
             return _scored_with_moments(family, params, got)
+
+        def own_score(got: dict[str, Tensor]) -> dict[str, Expected]:
+            log_prob = family.score(params, got["action"].double())
+            return {"log_prob": Expected(log_prob, families.log_prob_tolerance(log_prob))}
 
         def compile_upstream() -> Provider:
             # Every shape's module shares one code object, which Dynamo recompiles 8 times at most.
@@ -137,7 +152,7 @@ def sampling(
             makers["compiled"] = compile_upstream
         if hand is not None:
             makers["hand"] = lambda: Provider(hand(params), lambda out: out)
-        return Problem(makers, expected, rescore)
+        return Problem(makers, expected, rescore, own_score if family.own_score else None)
 
     return build
 
@@ -184,10 +199,49 @@ def sequential(sides: Sides, shape: Shape) -> Problem:
         )
         return _on(policy, {"observation": observation})
 
-    return Problem(
-        {side: lambda side=side: make(side) for side in sides},
-        lambda seed: families.NORMAL.draw({"loc": loc, "scale": scale}, seed),
-    )
+    def expected(seed: int) -> dict[str, Expected]:
+        torch.manual_seed(seed)
+        return families.NORMAL.draw({"loc": loc, "scale": scale})
+
+    return Problem({side: lambda side=side: make(side) for side in sides}, expected)
+
+
+def safe_composite(sides: Sides, shape: Shape) -> Problem:
+    """A Normal and a Categorical in one safe module, as for a stick and its buttons."""
+    rows, width = shape
+    parts = {"stick": families.NORMAL, "button": families.CATEGORICAL}
+    params = {name: family.params(*shape) for name, family in parts.items()}
+
+    def make(side: str) -> Provider:
+        impl = sides[side]
+        module = impl.SafeProbabilisticModule(
+            in_keys=["params"],
+            out_keys=list(parts),
+            spec=impl.specs.Composite({k: _spec(impl, v, width) for k, v in parts.items()}),
+            safe=True,
+            distribution_class=impl.CompositeDistribution,
+            distribution_kwargs={
+                "distribution_map": {k: getattr(impl, v.distribution) for k, v in parts.items()}
+            },
+            default_interaction_type=InteractionType.RANDOM,
+            return_log_prob=True,
+        )
+        data = TensorDict({"params": params}, batch_size=[rows])
+
+        def read(out: TensorDict) -> dict[str, Tensor]:
+            return {key: out.get(key) for name in parts for key in (name, f"{name}_log_prob")}
+
+        return Provider(lambda: module(data), read)
+
+    def expected(seed: int) -> dict[str, Expected]:
+        torch.manual_seed(seed)
+        want = {}
+        for name, family in parts.items():
+            draw = families.projected(family, family.draw(params[name]))
+            want |= {name: draw["action"], f"{name}_log_prob": draw["log_prob"]}
+        return want
+
+    return Problem({side: lambda side=side: make(side) for side in sides}, expected)
 
 
 def training(family: Family) -> Callable[[Sides, Shape], Problem]:
@@ -200,7 +254,8 @@ def training(family: Family) -> Callable[[Sides, Shape], Problem]:
 
     def build(sides: Sides, shape: Shape) -> Problem:
         params = family.params(*shape)
-        stored = family.draw(params, 0)["action"].value.to(
+        torch.manual_seed(0)
+        stored = family.draw(params)["action"].value.to(
             torch.long if "logits" in params else torch.float32
         )
         outputs = 1 if family.entropy is None else 2
@@ -296,6 +351,33 @@ def hand_tanh_normal(params: dict[str, Tensor]) -> Callable[[], dict[str, Tensor
 
 _MODE, _DETERMINISTIC = InteractionType.MODE, InteractionType.DETERMINISTIC
 
+# Every other family of fastprob's registry in a safe module; a composite has its own builder.
+SAFE: dict[str, Family] = {
+    "safe_plain_normal": families.PLAIN_NORMAL,
+    "safe_tanh_normal": families.TANH_NORMAL,
+    "safe_truncated_normal": families.TRUNCATED_NORMAL,
+    "safe_delta": families.DELTA,
+    "safe_tanh_delta": families.TANH_DELTA,
+    "safe_categorical": families.CATEGORICAL,
+    "safe_one_hot": families.ONE_HOT,
+    "safe_masked_categorical": families.MASKED_CATEGORICAL,
+    "safe_masked_one_hot": families.MASKED_ONE_HOT,
+    "safe_ordinal": families.ORDINAL,
+    "safe_one_hot_ordinal": families.ONE_HOT_ORDINAL,
+    "safe_bernoulli": families.BERNOULLI,
+    "safe_beta": families.BETA,
+}
+_QUICK = ("safe_truncated_normal", "safe_masked_categorical", "safe_beta")
+
+
+def _safe(name: str) -> Case:
+    family = SAFE[name]
+    # The plain Normal scores each element, and would share its title with the one of "safe".
+    what = "plain Normal" if family is families.PLAIN_NORMAL else family.distribution
+    build = sampling(family, safe=True)
+    return Case(name, f"safe {what}, random", build, shapes=(SMALL, MEDIUM), quick=name in _QUICK)
+
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -327,6 +409,13 @@ CASES: dict[str, Case] = {
         ),
         Case("categorical_mode", "Categorical, mode", sampling(families.CATEGORICAL, _MODE)),
         Case("sequential", "MLP 64-64 and Normal, random", sequential),
+        *map(_safe, SAFE),
+        Case(
+            "safe_composite",
+            "safe composite Normal + Categorical, random",
+            safe_composite,
+            shapes=(SMALL, MEDIUM),
+        ),
     )
 }
 
@@ -341,4 +430,8 @@ TARGETS: tuple[Target, ...] = (
     Target("normal", "compiled", "fastprob", True, _by_shape(2, 1.4, 1.1)),
     Target("normal", "fastprob", "hand", False, _by_shape(1.5, 1.1, 1.05)),
     Target("normal_train", "upstream", "fastprob", True, {MEDIUM: 2.0}),
+    *(
+        Target(name, "upstream", "fastprob", True, {SMALL: 4.0})
+        for name in (*SAFE, "safe_composite")
+    ),
 )

@@ -49,12 +49,15 @@ class Problem:
         expected: the float64 results for a seed.
         rescore: given a provider's own results, what they should be; for providers that draw
             their own noise. None where every provider draws as upstream.
+        own_score: given a provider's own results, what its log-probability should be; for
+            providers that draw as upstream, in place of the score of the reference's draw.
         grad: whether calls run with autograd on.
     """
 
     makers: dict[str, Callable[[], Provider]]
     expected: Callable[[int], dict[str, Expected]]
     rescore: Callable[[dict[str, Tensor]], dict[str, Expected]] | None = None
+    own_score: Callable[[dict[str, Tensor]], dict[str, Expected]] | None = None
     grad: bool = False
 
 
@@ -71,6 +74,8 @@ def verify(problem: Problem, provider: Provider, name: str) -> None:
             got = {key: value.detach() for key, value in provider.read(provider.call()).items()}
         if provider.same_draw:
             want = problem.expected(seed)
+            if problem.own_score is not None:
+                want = {**want, **problem.own_score(got)}
         else:
             if problem.rescore is None:
                 raise WrongResult(f"{name} draws its own noise, and the case cannot score it")

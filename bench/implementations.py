@@ -1,6 +1,7 @@
 """The two implementations under comparison, as namespaces with the same names.
 
-A benchmark is written once, against these names, and is run with either side.
+A benchmark is written once, against these names, and is run with either side. ``specs`` is the
+namespace of the side's specs, some of which share their name with a distribution.
 """
 
 from __future__ import annotations
@@ -21,12 +22,22 @@ class Implementation:
     ProbabilisticTensorDictSequential: Any
     SafeProbabilisticModule: Any
     SafeProbabilisticTensorDictSequential: Any
-    IndependentNormal: Any
-    TanhNormal: Any
+    Bernoulli: Any
+    Beta: Any
     Categorical: Any
-    OneHotCategorical: Any
+    CompositeDistribution: Any
     Delta: Any
-    Bounded: Any
+    IndependentNormal: Any
+    MaskedCategorical: Any
+    MaskedOneHotCategorical: Any
+    Normal: Any
+    OneHotCategorical: Any
+    OneHotOrdinal: Any
+    Ordinal: Any
+    TanhDelta: Any
+    TanhNormal: Any
+    TruncatedNormal: Any
+    specs: Any
 
 
 def implementation(name: str) -> Implementation:
@@ -49,9 +60,8 @@ def _upstream() -> Implementation:
     import tensordict
     import torchrl
     from tensordict import nn
-    from torch.distributions import Categorical
-    from torchrl import modules
-    from torchrl.data import Bounded
+    from torch import distributions
+    from torchrl import data, modules
 
     return Implementation(
         name="upstream",
@@ -60,19 +70,28 @@ def _upstream() -> Implementation:
         ProbabilisticTensorDictSequential=nn.ProbabilisticTensorDictSequential,
         SafeProbabilisticModule=modules.SafeProbabilisticModule,
         SafeProbabilisticTensorDictSequential=modules.SafeProbabilisticTensorDictSequential,
-        IndependentNormal=modules.IndependentNormal,
-        TanhNormal=modules.TanhNormal,
-        Categorical=Categorical,
-        OneHotCategorical=modules.OneHotCategorical,
+        Bernoulli=distributions.Bernoulli,
+        Beta=distributions.Beta,
+        Categorical=distributions.Categorical,
+        CompositeDistribution=nn.CompositeDistribution,
         Delta=modules.Delta,
-        Bounded=Bounded,
+        IndependentNormal=modules.IndependentNormal,
+        MaskedCategorical=modules.MaskedCategorical,
+        MaskedOneHotCategorical=modules.MaskedOneHotCategorical,
+        Normal=distributions.Normal,
+        OneHotCategorical=modules.OneHotCategorical,
+        OneHotOrdinal=modules.OneHotOrdinal,
+        Ordinal=modules.Ordinal,
+        TanhDelta=modules.TanhDelta,
+        TanhNormal=modules.TanhNormal,
+        TruncatedNormal=modules.TruncatedNormal,
+        specs=data,
     )
 
 
 def _fastprob() -> Implementation:
     import fastprob
-    from fastprob import distributions
-    from fastprob.specs import Bounded
+    from fastprob import distributions, specs
 
     return Implementation(
         name="fastprob",
@@ -81,10 +100,20 @@ def _fastprob() -> Implementation:
         ProbabilisticTensorDictSequential=fastprob.ProbabilisticTensorDictSequential,
         SafeProbabilisticModule=fastprob.SafeProbabilisticModule,
         SafeProbabilisticTensorDictSequential=fastprob.SafeProbabilisticTensorDictSequential,
-        IndependentNormal=distributions.IndependentNormal,
-        TanhNormal=distributions.TanhNormal,
+        Bernoulli=distributions.Bernoulli,
+        Beta=distributions.Beta,
         Categorical=distributions.Categorical,
-        OneHotCategorical=distributions.OneHotCategorical,
+        CompositeDistribution=distributions.CompositeDistribution,
         Delta=distributions.Delta,
-        Bounded=Bounded,
+        IndependentNormal=distributions.IndependentNormal,
+        MaskedCategorical=distributions.MaskedCategorical,
+        MaskedOneHotCategorical=distributions.MaskedOneHotCategorical,
+        Normal=distributions.Normal,
+        OneHotCategorical=distributions.OneHotCategorical,
+        OneHotOrdinal=distributions.OneHotOrdinal,
+        Ordinal=distributions.Ordinal,
+        TanhDelta=distributions.TanhDelta,
+        TanhNormal=distributions.TanhNormal,
+        TruncatedNormal=distributions.TruncatedNormal,
+        specs=specs,
     )

@@ -36,7 +36,7 @@ def add_calls_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="16x8 only, short, nothing compiled: under 30 s, for CI",
+        help="16x8 only, some families, short, nothing compiled: under 25 s, for CI",
     )
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
     parser.add_argument(

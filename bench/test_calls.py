@@ -22,10 +22,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 @pytest.mark.parametrize(
-    ("name", "provider"),
-    [(case.name, provider) for case in CASES.values() for provider in case.providers],
+    ("name", "provider", "shape"),
+    [
+        pytest.param(case.name, provider, shape, id=f"{case.name}-{provider}-{shape[0]}x{shape[1]}")
+        for shape in SHAPES
+        for case in CASES.values()
+        if shape in case.shapes
+        for provider in case.providers
+    ],
 )
 def test_call(benchmark, name, provider, shape):
     """Checks one provider of a case, then times it."""

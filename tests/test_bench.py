@@ -16,7 +16,7 @@ from tensordict import TensorDict
 pytest.importorskip("torchrl")
 
 from bench import agreement
-from bench.cases import CASES, TARGETS
+from bench.cases import CASES, SAFE, TARGETS
 from bench.gate import Problem, Provider, WrongResult, verify
 from bench.implementations import implementation
 from bench.timing import Quantiles, interleave, ratio
@@ -124,6 +124,22 @@ def test_targets_name_cases_and_providers():
     assert high.met(1.5, (16, 8)) and not high.met(1.6, (16, 8))
 
 
+def test_every_family_has_a_safe_case_with_a_target():
+    from fastprob.distributions import _registry
+
+    known = {cls.__name__ for cls in _registry._BY_NAME.values()}
+    # "safe" is IndependentNormal's.
+    cases = {"safe": "IndependentNormal", "safe_composite": "CompositeDistribution"}
+    cases |= {name: family.distribution for name, family in SAFE.items()}
+    assert known == set(cases.values())
+    bounds = {
+        t.case: t.bounds[16, 8]
+        for t in TARGETS
+        if t.numerator == "upstream" and t.at_least and (16, 8) in t.bounds
+    }
+    assert all(bounds[name] >= 4 for name in cases)
+
+
 def _wrong(provider: Provider, change) -> Provider:
     return replace(provider, read=lambda out: change(dict(provider.read(out))))
 
@@ -158,6 +174,26 @@ def test_gate_refuses_scoring_the_projected_value():
     verify(problem, right, "right")
     with pytest.raises(WrongResult, match="log_prob"):
         verify(problem, _wrong(right, rescored), "wrong")
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "error"),
+    [
+        # Its value is held less tightly than its score, which is that of the value returned.
+        ("safe_truncated_normal", "log_prob", 1e-3),
+        ("safe_truncated_normal", "action", 1e-2),
+        ("safe_beta", "action", 1e-6),
+        ("safe_masked_one_hot", "action", 1),
+        ("safe_composite", "stick", 1e-5),
+        ("safe_composite", "button_log_prob", 1e-3),
+    ],
+)
+def test_gate_refuses_a_wrong_safe_provider(name, entry, error):
+    problem = CASES[name].build({"fastprob": implementation("fastprob")}, TINY)
+    right = problem.makers["fastprob"]()
+    verify(problem, right, "right")
+    with pytest.raises(WrongResult, match="wrong"):
+        verify(problem, _wrong(right, lambda got: {**got, entry: got[entry] - error}), "wrong")
 
 
 def test_gate_refuses_another_draw_and_holds_other_noise():
