@@ -23,6 +23,10 @@ def test_command_is_one_line_from_nothing(name, last):
     assert line.endswith(last)
 
 
-def test_example_runs():
-    (example,) = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
-    exec(compile(example, "README.md", "exec"), {})
+def test_examples_run():
+    examples = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+    assert len(examples) == 2
+    # The second goes on from the first.
+    names: dict = {}
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), names)
