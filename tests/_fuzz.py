@@ -785,6 +785,10 @@ def is_unfit(case: Case) -> bool:
     # of categories, and the last dimension of the batch for that.
     if case.event == 1 and case.has("one_hot", "one_hot_probs", "one_hot_ordinal"):
         return True
+    # RULE: see `named`. A sequence's tensordict_out gets the out-keys alone, without what upstream
+    # has written under other keys.
+    if case.composite and case.log_prob_key == "list" and case.sequence and case.out is not None:
+        return True
     # RULE: upstream's mean of a one-hot class is a NaN for each index. fastprob's is a vector.
     if case.interaction is MEAN and case.has(*ONE_HOTS) and not skipped(case):
         return True
