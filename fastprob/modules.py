@@ -18,7 +18,7 @@ from torch import distributions as D
 
 from fastprob.direct import Straight
 from fastprob.distributions import CompositeDistribution, Delta, recognize, resolve
-from fastprob.distributions._base import EMPTY, MEDIAN, MODE, RANDOM, Fused
+from fastprob.distributions._base import EMPTY, MEAN, MEDIAN, MODE, RANDOM, Fused
 from fastprob.distributions.composite import sum_parts
 from fastprob.interaction import current_type, read_type, take
 from fastprob.io import Items, as_dict, can_skip, leaves, repeat, skip_existing, write
@@ -415,7 +415,9 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         else:
             items = self._gather(dist, value, log_prob)
         if self._projections is not None:
-            items = self._project(items)
+            # A mean is of no kind: it lies between the members.
+            kind = None if interaction is MEAN else getattr(dist, "_kind", None)
+            items = self._project(items, kind)
         if self.cache_dist and out is not tensordict:
             found = ((k, tensordict.get(k, None)) for k in self.in_keys)
             # A parameter that the distribution can do without may be missing.
@@ -511,7 +513,13 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             items.append((self._lp.total, sum_parts([v for _, v in items], ndim)))
         return items
 
-    def _project(self, items: Items) -> Items:
+    def _project(self, items: Items, kind: Any = None) -> Items:
+        """The entries, those with a projection projected.
+
+        Args:
+            items: keys and values.
+            kind: what the values are known to be, see `Fused._kind`.
+        """
         projections = self._projections
         assert projections is not None
         return [(k, projections[k](v) if k in projections else v) for k, v in items]

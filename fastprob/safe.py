@@ -128,7 +128,7 @@ class SafeProbabilisticModule(_HasSpec, ProbabilisticTensorDictModule):
         self._projections = dict(plan) if self.safe else None
         self._fitting: dict[NestedKey, torch.Size] = {}
 
-    def _project(self, items: Items) -> Items:
+    def _project(self, items: Items, kind: Any = None) -> Items:
         projections = self._projections
         assert projections is not None
         fitting = self._fitting
@@ -140,7 +140,8 @@ class SafeProbabilisticModule(_HasSpec, ProbabilisticTensorDictModule):
                 if fitting.get(key) != shape:
                     self._check_fit(key, value)
                     fitting[key] = shape
-                value = projection(value)
+                if kind is None or getattr(projection, "covers", None) != kind:
+                    value = projection(value)
             projected.append((key, value))
         return projected
 

@@ -19,6 +19,7 @@ from fastprob import (
     ProbabilisticTensorDictModule,
     SafeProbabilisticModule,
     SafeProbabilisticTensorDictSequential,
+    distributions,
     set_interaction_type,
     specs,
 )
@@ -411,3 +412,32 @@ def test_the_spec_of_a_sequence_can_be_set_and_moves_with_it():
     assert seq.spec is own
     assert seq.to("meta").spec["action"].device.type == "meta"
     assert copy.deepcopy(seq).spec["action"] == seq.spec["action"]
+
+
+@pytest.mark.parametrize("interaction", ["random", "mode", "median", "mean"])
+@pytest.mark.parametrize(
+    "family, spec",
+    [
+        (distributions.Categorical, specs.Categorical(5)),
+        (distributions.Categorical, specs.Categorical(3)),
+        (distributions.OneHotCategorical, specs.OneHot(5, dtype=torch.int64)),
+        (distributions.OneHotCategorical, specs.OneHot(5, dtype=torch.float32)),
+        (distributions.OneHotCategorical, specs.OneHot(5)),
+    ],
+    ids=["index", "fewer indices", "one-hot", "one-hot of floats", "one-hot of bools"],
+)
+def test_values_known_to_be_members_come_out_as_projected(family, spec, interaction):
+    # A projection that a family makes superfluous is left out; the results must not show it.
+    td = TensorDict(logits=torch.randn(6, 5), batch_size=[6])
+    kwargs = {
+        "in_keys": ["logits"],
+        "out_keys": ["action"],
+        "distribution_class": family,
+        "default_interaction_type": interaction,
+    }
+    torch.manual_seed(1)
+    found = SafeProbabilisticModule(**kwargs, spec=spec, safe=True)(td.copy())["action"]
+    torch.manual_seed(1)
+    drawn = ProbabilisticTensorDictModule(**kwargs)(td.copy())["action"]
+    wanted = spec.project(drawn)
+    assert found.dtype == wanted.dtype and torch.equal(found, wanted)

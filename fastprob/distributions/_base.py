@@ -29,6 +29,11 @@ class Fused(D.Distribution):
     `torch.distributions.Normal` takes 12.6 us with validation and 3.8 us without.
     """
 
+    # What every value is that the distribution itself gives, in the words of the projections'
+    # `covers`; None where that is not known. Such a value needs no projection onto a spec of the
+    # same kind, which for int64 one-hot vectors at 16 x 8 was a third of a safe call.
+    _kind: tuple | None = None
+
     def _draw(
         self,
         shape: torch.Size,

@@ -161,6 +161,10 @@ class Categorical(_CategoricalBase, D.Categorical):
     event_shape = property(lambda self: EMPTY)
     _event_shape = event_shape
 
+    @property
+    def _kind(self) -> tuple:
+        return "index", self._given.shape[-1]
+
     def _draw(self, shape, generator, score, pathwise):
         index = self._index(shape, generator)
         return index, ops.pick(self._scores, index) if score else None
@@ -233,6 +237,10 @@ class OneHotCategorical(_CategoricalBase, D.Categorical):
 
     def _value(self, index: Tensor) -> Tensor:
         return one_hot(index, self._given.shape[-1])
+
+    @property
+    def _kind(self) -> tuple:
+        return "one_hot", self._given.shape[-1]
 
     def _draw(self, shape, generator, score, pathwise):
         if pathwise and self.grad_method == "RelaxedOneHot":

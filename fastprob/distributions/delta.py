@@ -69,10 +69,16 @@ class Delta(Fused):
         value = param.expand(shape + param.shape) if shape else param
         if not pathwise:
             value = value.detach()
-        return value, self.log_prob(value) if score else None
+        return value, self._own_score(value) if score else None
 
     def _point(self, interaction: InteractionType, score: bool):
-        return self.param, self.log_prob(self.param) if score else None
+        return self.param, self._own_score(self.param) if score else None
+
+    def _own_score(self, value: Tensor) -> Tensor:
+        """`log_prob(param)`, which is `inf` wherever the point is finite."""
+        if self.atol > 0:
+            return ops.score_own(value, len(self._event_shape))
+        return self.log_prob(value)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """`inf` where `value` is the point, `-inf` elsewhere, `[*sample, *batch]`."""

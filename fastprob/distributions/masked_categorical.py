@@ -274,6 +274,10 @@ class MaskedCategorical(_MaskedBase, D.Categorical):
     _event_shape = event_shape
 
     @property
+    def _kind(self) -> tuple:
+        return "index", self.num_samples
+
+    @property
     def support(self) -> constraints.Constraint:
         return constraints.integer_interval(0, self.num_samples - 1)
 
@@ -349,6 +353,10 @@ class MaskedOneHotCategorical(_MaskedBase, D.Categorical):
     logits = _MaskedBase.logits
     probs = _MaskedBase.probs
     support = constraints.one_hot  # type: ignore[assignment]
+
+    @property
+    def _kind(self) -> tuple:
+        return "one_hot", self.num_samples
 
     @property
     def event_shape(self) -> torch.Size:

@@ -151,10 +151,12 @@ class Cast:
 class RoundClamp:
     """Indices ``0 .. last``: round, then clamp, in the value's type."""
 
-    __slots__ = ("last",)
+    __slots__ = ("covers", "last")
 
     def __init__(self, last: int):
         self.last = last
+        # Indices of as many categories are members already.
+        self.covers = ("index", last + 1)
 
     def __call__(self, value: Tensor) -> Tensor:
         return reference.round_clamp(value, self.last)
@@ -229,13 +231,19 @@ class OneHot:
         ValueError: on a call, if the value has another width, or its shape does not fit the mask's.
     """
 
-    __slots__ = ("_tensors", "dtype", "masked", "width", "widths")
+    __slots__ = ("_tensors", "covers", "dtype", "masked", "width", "widths")
 
     def __init__(self, widths: Sequence[int], dtype: torch.dtype, mask: Tensor | None, device: Any):
         self.widths = tuple(int(n) for n in widths)
         self.width = sum(self.widths)
         self.dtype = dtype
         self.masked = mask is not None
+        # One-hot vectors of the same width and type are members already.
+        self.covers = (
+            ("one_hot", self.width)
+            if mask is None and len(self.widths) == 1 and dtype is torch.int64
+            else None
+        )
         classes = torch.arange(max(self.widths), device=device)
         self._tensors = _PerDevice(classes) if mask is None else _PerDevice(classes, mask)
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastprob.reference._reduce import sum_rightmost
+
 
 def log_prob(
     param: Tensor,  # [*batch, *event]
@@ -21,3 +23,15 @@ def log_prob(
         near = near.flatten(-ndims).all(-1)
     inf = torch.full((), math.inf, dtype=value.dtype, device=value.device)
     return torch.where(near, inf, -inf)
+
+
+def score_own(
+    param: Tensor,  # [*batch, *event]
+    ndims: int,
+) -> Tensor:  # [*batch]
+    """`log_prob(param, param)` for a tolerance above 0: `inf`, or `-inf` where it is not finite.
+
+    Four operations in place of eleven: the distance of a point to itself is 0, or NaN.
+    """
+    distance = sum_rightmost(param - param, ndims)
+    return (distance + math.inf).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)

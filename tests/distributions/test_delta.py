@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchrl.modules as rl
 
+from fastprob import InteractionType
 from fastprob import distributions as F
 from tests.distributions._suite import Suite
 
@@ -93,3 +94,14 @@ def test_update():
     dist = F.Delta(torch.zeros(3))
     dist.update(torch.ones(3))
     assert torch.equal(dist.mode, torch.ones(3))
+
+
+@pytest.mark.parametrize("interaction", ["random", "mode"])
+def test_the_points_own_score_is_its_log_prob(interaction):
+    param = torch.tensor([[0.0, -3.0], [math.inf, 1.0], [math.nan, 1.0], [1e30, -1e-30]])
+    dist = F.Delta(param)
+    value, score = dist.take(InteractionType(interaction), score=True)
+    assert value is param or torch.equal(value.nan_to_num(7.0), param.nan_to_num(7.0))
+    inf = math.inf
+    assert torch.equal(score, torch.tensor([inf, -inf, -inf, inf]))
+    assert torch.equal(score, dist.log_prob(param))
