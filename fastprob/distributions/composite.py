@@ -69,11 +69,14 @@ class CompositeDistribution(Fused, _Upstream):
                 "CompositeDistribution expects params to be a tensordict with the parameters of "
                 f"each component under its name, got {type(params).__name__}"
             ) from None
-        names = {unravel_key(k): unravel_key(v) for k, v in (name_map or {}).items()}
-        extras = {unravel_key(k): v for k, v in (extra_kwargs or {}).items()}
+        names, extras = {}, {}
+        if name_map:
+            names = {unravel_key(k): unravel_key(v) for k, v in name_map.items()}
+        if extra_kwargs:
+            extras = {unravel_key(k): v for k, v in extra_kwargs.items()}
         self.dists = {}
         for given, kind in distribution_map.items():
-            name = unravel_key(given)
+            name = given if type(given) is str else unravel_key(given)
             own = params.get(name, None)
             if own is None:
                 raise KeyError(
@@ -81,7 +84,7 @@ class CompositeDistribution(Fused, _Upstream):
                     f"such entry; it has {sorted(map(str, params.keys(True)))}"
                 )
             try:
-                dist = resolve(kind)(**dict(own.items()), **extras.get(name, {}))
+                dist = resolve(kind)(**_entries(own), **extras.get(name, {}))
             except TypeError as err:
                 raise TypeError(
                     f"CompositeDistribution builds the component {name!r} with the keywords "
@@ -182,6 +185,16 @@ class CompositeDistribution(Fused, _Upstream):
     log_prob = _Upstream.log_prob
     entropy = _Upstream.entropy
     __repr__ = _Upstream.__repr__
+
+
+def _entries(params: Any) -> dict[str, Any]:
+    """The first level of a tensordict as a dictionary."""
+    if type(params) is TensorDict and not torch.compiler.is_compiling():
+        entries = params._tensordict
+        # items() takes 2 us to give the same where there are only tensors.
+        if all(isinstance(value, Tensor) for value in entries.values()):
+            return entries
+    return dict(params.items())
 
 
 def recognize_composite(dist: D.Distribution) -> Fused | None:
