@@ -101,7 +101,7 @@ class Straight:
         if (
             rows == 0  # a product with no rows has the shape of its offset
             or n == 0
-            or rows * n >= 4 * PIECE
+            or rows * n >= 2 * PIECE
             or (batch_size and batch_size != shape[:1])
             or (device is not None and device.type != "cpu")
         ):

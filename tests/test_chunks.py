@@ -52,7 +52,8 @@ def test_pieces_continue_each_other(monkeypatch, family, dtype, shape, ndims, ge
     assert score.shape == shape[: len(shape) - ndims]
 
 
-def test_whole_where_pieces_would_change_something():
+def test_whole_where_pieces_would_change_something(monkeypatch):
+    monkeypatch.setattr(_chunks, "PIECE", 4096)
     loc = torch.randn(70_000, 8)
     scale = torch.ones(70_000, 8)
     assert _chunks.rows_per_piece(loc, scale, 1) > 0

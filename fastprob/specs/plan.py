@@ -93,6 +93,13 @@ class _Masked:
             self.__init__(self.spec)
         return self.projection(value)
 
+    @property
+    def covers(self) -> tuple | None:
+        """What needs no projection, as long as there is no mask."""
+        if self.mask is None and self.spec.mask is None:
+            return getattr(self.projection, "covers", None)
+        return None
+
     def __repr__(self) -> str:
         return f"Masked({self.projection!r})"
 
