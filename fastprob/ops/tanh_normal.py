@@ -120,8 +120,10 @@ def sample_score(
     if wants_function(loc, scale) and not bounds.learned:
         return _SampleScore.apply(loc, scale, noise, bounds, ndims)
     x = normal_reference.sample(loc, scale, noise)
-    value = reference.squash(x, bounds.half, bounds.mid, bounds.safe)
-    return value, reference.score(scale, noise, x, bounds.log_half, ndims)
+    # The score first: x is spent then, and its memory becomes the value's where no gradient needs
+    # it.
+    score = reference.score(scale, noise, x, bounds.log_half, ndims)
+    return reference.squash(x, bounds.half, bounds.mid, bounds.safe, spent=True), score
 
 
 def sample_score_pieces(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _is_compiling = torch.compiler.is_compiling
 # What functorch's innermost transform is, None outside of any.
@@ -20,12 +21,12 @@ _BLAS_DTYPES = (torch.float32, torch.float64)
 
 
 def plain_tensors_only() -> bool:
-    """Whether the caller runs neither under a compiler nor inside a functorch transform.
+    """Whether no compiler, functorch transform or forward-mode differentiation is at work.
 
     In-place fusions, cached constants and `autograd.Function` subclasses belong to plain eager
     mode; everything that traces or batches gets the out-of-place formula instead.
     """
-    return not _is_compiling() and functorch_level() is None
+    return not _is_compiling() and functorch_level() is None and forward_ad._current_level < 0
 
 
 def sum_rightmost(x: Tensor, ndims: int) -> Tensor:

@@ -37,7 +37,9 @@ def limit(dtype: torch.dtype) -> float:
     return _LIMITS[dtype]
 
 
-def squash(x: Tensor, half: Tensor | float, mid: Tensor | float, safe: bool) -> Tensor:
+def squash(
+    x: Tensor, half: Tensor | float, mid: Tensor | float, safe: bool, spent: bool = False
+) -> Tensor:
     """`mid + half * tanh(x)`, with tanh kept off +-1 where `safe`.
 
     Args:
@@ -45,9 +47,10 @@ def squash(x: Tensor, half: Tensor | float, mid: Tensor | float, safe: bool) -> 
         half: half the width of the interval, a number or broadcastable with `x`.
         mid: its middle, likewise.
         safe: whether |tanh| is limited to 1 minus the dtype's resolution.
+        spent: whether x is of no use to the caller any more, so that its memory may be taken.
     """
-    y = torch.tanh(x)
-    ours = not y.requires_grad and plain_tensors_only()
+    ours = not x.requires_grad and plain_tensors_only()
+    y = torch.tanh_(x) if ours and spent else torch.tanh(x)
     if safe:
         bound = limit(x.dtype)
         if ours:
@@ -100,7 +103,7 @@ def score(
             energy.addcmul_(noise, noise, value=0.5)
         else:
             energy = torch.addcmul(energy, noise, noise, value=0.5)
-        energy.sub_(torch.sub(x, u, alpha=2.0), alpha=2.0)
+        energy.sub_(torch.sub(x, u, alpha=2.0, out=u), alpha=2.0)
     if isinstance(log_half, float):
         return affine_sum(energy, ndims, _BIAS - log_half, -1, plain)
     return affine_sum(energy + log_half, ndims, _BIAS, -1, plain)

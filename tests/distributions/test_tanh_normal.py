@@ -12,6 +12,7 @@ import scipy.stats
 import torch
 import torchrl.modules as rl
 from torch import distributions as D
+from torch.autograd import forward_ad
 
 from fastprob import distributions as F
 from tests.distributions._suite import Suite
@@ -406,3 +407,24 @@ def test_vmap_over_bounds():
     torch.testing.assert_close(
         torch.vmap(score)(loc, low, high, value), score(loc, low, high, value)
     )
+
+
+@pytest.mark.parametrize("family", [F.TanhNormal, F.IndependentNormal])
+def test_forward_mode_through_a_scored_draw(family):
+    loc = torch.randn(4, 3, dtype=torch.float64)
+    scale = torch.rand(4, 3, dtype=torch.float64) + 0.1
+
+    def draw(loc):
+        torch.manual_seed(0)
+        return family(loc, scale).rsample_and_log_prob()
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(loc, torch.ones_like(loc))
+        slopes = [forward_ad.unpack_dual(t).tangent for t in draw(dual)]
+    leaf = loc.clone().requires_grad_()
+    value, score = draw(leaf)
+    (by_value,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
+    torch.testing.assert_close(slopes[0], by_value)
+    if score.requires_grad and slopes[1] is not None:
+        (by_score,) = torch.autograd.grad(score.sum(), leaf)
+        torch.testing.assert_close(slopes[1], by_score.sum(-1), atol=1e-12, rtol=1e-7)
