@@ -62,7 +62,7 @@ def standard_normal_like(like: Tensor) -> Tensor:
     if _is_compiling():
         return _compiled_normal(like.shape, like, None)
     try:
-        # 0.7 us less than torch.randn(shape, dtype=, device=) on a 16 x 8 tensor.
+        # 3.5 us on a 16 x 8 tensor, where torch.randn(shape, dtype=, device=) takes 6.9.
         return torch.randn_like(like, memory_format=_contiguous)
     except RuntimeError:
         if like.dtype.is_floating_point:

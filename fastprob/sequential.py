@@ -76,7 +76,7 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
         """The modules, and whether the last one has to sample; worked out again after a change."""
         modules = self._modules_now()
         plan = self.__dict__.get("_plan_made")
-        # List equality compares identities first: 0.1 us for an unchanged list.
+        # List equality compares identities first: 0.06 us for an unchanged list.
         if plan is None or plan[0] != modules:
             if any(isinstance(m, _HEADS) for m in modules):
                 _, written = self._compute_in_and_out_keys(modules[:-1])

@@ -84,7 +84,7 @@ class CompositeDistribution(Fused, _Upstream):
                     f"such entry; it has {sorted(map(str, params.keys(True)))}"
                 )
             try:
-                dist = resolve(kind)(**_entries(own), **extras.get(name, {}))
+                dist = resolve(kind)(**dict(own.items()), **extras.get(name, {}))
             except TypeError as err:
                 raise TypeError(
                     f"CompositeDistribution builds the component {name!r} with the keywords "
@@ -185,16 +185,6 @@ class CompositeDistribution(Fused, _Upstream):
     log_prob = _Upstream.log_prob
     entropy = _Upstream.entropy
     __repr__ = _Upstream.__repr__
-
-
-def _entries(params: Any) -> dict[str, Any]:
-    """The first level of a tensordict as a dictionary."""
-    if type(params) is TensorDict and not torch.compiler.is_compiling():
-        entries = params._tensordict
-        # items() takes 2 us to give the same where there are only tensors.
-        if all(isinstance(value, Tensor) for value in entries.values()):
-            return entries
-    return dict(params.items())
 
 
 def recognize_composite(dist: D.Distribution) -> Fused | None:

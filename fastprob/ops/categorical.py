@@ -20,7 +20,7 @@ pick = reference.pick
 
 
 class _Entropy(torch.autograd.Function):
-    """dH/dl_k = -p_k (l_k + 1), two operations where autograd runs six."""
+    """dH/dl_k = -p_k (l_k + 1), which keeps nothing but the log-probabilities."""
 
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor):
