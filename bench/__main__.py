@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from bench import options
 
@@ -27,6 +30,31 @@ and does not change it.
 """
 
 
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line.
+
+    Attributes:
+        module: has ``run(args: argparse.Namespace) -> int``, the exit status. Imported when the
+            command runs: torch and TorchRL take 4 s.
+        help: one line for the list of commands.
+        options: adds the command's own options; they stand in ``bench.options``.
+    """
+
+    module: str
+    help: str
+    options: Callable[[argparse.ArgumentParser], None] = options.add_common_arguments
+
+
+COMMANDS: dict[str, Command] = {
+    "calls": Command(
+        "bench.calls",
+        "times of single module calls, upstream beside fastprob",
+        options.add_calls_arguments,
+    ),
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -37,20 +65,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     options.add_train_arguments(parser)
     commands = parser.add_subparsers(dest="command", metavar="command")
-    calls_parser = commands.add_parser(
-        "calls",
-        help="times of single module calls, upstream beside fastprob",
-        description="Times single module calls. Each provider's result is checked first.",
-    )
-    options.add_calls_arguments(calls_parser)
+    for name, command in COMMANDS.items():
+        text = command.help[0].upper() + command.help[1:] + "."
+        command.options(commands.add_parser(name, help=command.help, description=text))
     args = parser.parse_args(argv)
-    if args.command == "calls":
-        from bench import calls
-
-        return calls.run(args)
-    from bench import train
-
-    return train.run(args)
+    module = COMMANDS[args.command].module if args.command else "bench.train"
+    return importlib.import_module(module).run(args)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,13 @@ def add_calls_arguments(parser: argparse.ArgumentParser) -> None:
     _add_out(parser, "folder of the JSON")
 
 
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command has: ``--quick``, ``--threads`` and ``--out``."""
+    parser.add_argument("--quick", action="store_true", help="shortened for CI, nothing written")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (default: 1)")
+    _add_out(parser, "folder of the results")
+
+
 def _add_out(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--out",
