@@ -165,8 +165,9 @@ def test_a_missing_projection_is_caught():
         check(case, unprojected)
 
 
-def test_a_wrong_category_is_caught():
-    case = dataclasses.replace(PLAIN, names=("categorical",))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_category_is_caught(dtype):
+    case = dataclasses.replace(PLAIN, names=("categorical",), dtype=dtype)
     assert check(case) == "equal"
     with pytest.raises(Mismatch, match="action"):
         check(case, edited(lambda td: td.set("action", (td["action"] + 1) % 3)))
