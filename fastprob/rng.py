@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from tensordict import NonTensorData, unravel_key
@@ -237,6 +238,10 @@ class Stream:
         self.seed = seed
         self.key = key
 
+    def __reduce__(self) -> tuple:
+        generator = None if self.generator is None else _Portable.of(self.generator)
+        return _restore, (generator, self.seed, self.key)
+
     @classmethod
     def read(cls, value: Any) -> Stream | None:
         """Reads the `generator=` argument.
@@ -319,6 +324,47 @@ class Stream:
                 if was_tensor
                 else NonTensorData(int(seed), batch_size=batch_size),
             )
+
+
+class _Portable:
+    """A generator in a pickle, as bytes.
+
+    torch pickles the state of a generator as a tensor. In a message to another process that is a
+    file in shared memory, which is gone before the process has opened it: torch 2.13 cannot send a
+    generator to a spawned worker.
+    """
+
+    __slots__ = ("__weakref__", "generator")
+
+    # Those of the pickle that is being written: modules that share a generator go on sharing one.
+    _current: ClassVar[WeakValueDictionary[int, _Portable]] = WeakValueDictionary()
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    @classmethod
+    def of(cls, generator: torch.Generator) -> _Portable:
+        """The one object that stands for `generator`."""
+        return cls._current.setdefault(id(generator), cls(generator))
+
+    def __reduce__(self) -> tuple:
+        state = bytes(self.generator.get_state().tolist())
+        return _generator, (str(self.generator.device), state)
+
+
+def _generator(device: str, state: bytes) -> torch.Generator:
+    generator = torch.Generator(device=device)
+    generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    return generator
+
+
+def _restore(
+    generator: torch.Generator | _Portable | None, seed: int | None, key: NestedKey | None
+) -> Stream:
+    # A shallow copy comes here with the portable one itself.
+    if isinstance(generator, _Portable):
+        generator = generator.generator
+    return Stream(generator, seed, key)
 
 
 def _device_of(tensordict: Any, keys: Sequence[NestedKey]) -> torch.device:
