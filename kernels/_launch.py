@@ -1,0 +1,201 @@
+"""Launch sizes, and how the parameters of a call lie in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+# Read once, as Triton itself does.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+FLAT, REPEATED, STRIDED, STRIDED_REPEATED = range(4)
+
+# Elements of a tile and its warps: 16 elements a thread, which is 48 registers for the Normal. 8 a
+# thread take 38 issue slots an element in place of 33, 32 a thread 124 registers.
+LARGE = (2048, 4)
+LARGER = (4096, 8)
+# Fewer than 264 large tiles would leave multiprocessors of an H200 (132) with one or none.
+SMALL = (512, 1)
+FEW = 264 * 2048
+# Backward passes hold more values: 8 elements a thread.
+FLAT_TILE = (1024, 4)
+FLAT_SMALL = (256, 1)
+
+
+class Grid(NamedTuple):
+    """The tiles of a forward pass. See `_tile` for the three layouts.
+
+    Attributes:
+        programs: number of programs.
+        count: elements that a program handles at a time.
+        tile: elements of whole rows among them.
+        rows: rows of a tile, for the gather the next power of two.
+        own: rows of a tile that are its own.
+        gather: whether A is no power of two.
+        wide: whether a row is longer than a tile.
+        warps: warps of a program.
+    """
+
+    programs: int
+    count: int
+    tile: int
+    rows: int
+    own: int
+    gather: bool
+    wide: bool
+    warps: int
+
+
+@functools.lru_cache(maxsize=4096)
+def forward_grid(rows: int, a: int) -> Grid:
+    """The tiles for `rows` rows of `a` elements, whose rows are summed."""
+    few = rows * a < FEW
+    if a & (a - 1) == 0 and a <= LARGE[0]:
+        count, warps = SMALL if few and a <= SMALL[0] else LARGE
+        own = count // a
+        return Grid(-(-rows // own), count, count, own, own, False, False, warps)
+    if a * 4 <= LARGER[0]:
+        sizes = (SMALL, LARGE, LARGER) if few else (LARGE, LARGER)
+        # Whole rows, a multiple of 4: a tile begins with a group of the noise. The smallest tile
+        # that is at least three quarters full, or the fullest.
+        fitting = [(c, w, c // a // 4 * 4) for c, w in sizes if a * 4 <= c]
+        full = [s for s in fitting if s[2] * a * 4 >= s[0] * 3]
+        count, warps, own = full[0] if full else max(fitting, key=lambda s: s[2] * a / s[0])
+        padded = triton.next_power_of_2(own)
+        return Grid(-(-rows // own), count, own * a, padded, own, True, False, warps)
+    return Grid(rows, LARGE[0], a, 1, 1, False, True, LARGE[1])
+
+
+def flat_grid(total: int) -> tuple[int, int, int]:
+    """Programs, elements of each and its warps, where nothing is summed."""
+    count, warps = FLAT_SMALL if total < FEW else FLAT_TILE
+    return -(-total // count), count, warps
+
+
+class Parameter(NamedTuple):
+    """A tensor that a kernel reads as `[rows, A]`.
+
+    Attributes:
+        tensor: where it lies.
+        layout: how, in the terms of `_tile.offsets`.
+        row: row stride, in units of 4 elements where 4 was added to `layout`.
+        column: column stride.
+    """
+
+    tensor: Tensor
+    layout: int
+    row: int
+    column: int
+
+
+def _collapse(sizes: Any, strides: Any) -> int | None:
+    """The one stride of several dimensions, None where they have none."""
+    stride = None
+    expected = 0
+    for size, step in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if stride is None:
+            stride = step
+        elif step != expected:
+            return None
+        expected = step * size
+    return 0 if stride is None else stride
+
+
+def parameter(x: Tensor, ndims: int, repeated: bool) -> Parameter:
+    """How a kernel reads a tensor of shape `[*batch, *event]`.
+
+    A tensor whose batch and event dimensions each have one stride is read where it lies: slices of
+    columns, chunks, transposed and expanded ones. Any other is copied.
+
+    Args:
+        x: the tensor.
+        ndims: number of event dimensions.
+        repeated: whether the output has sample dimensions in front of those of `x`.
+    """
+    if x.is_contiguous():
+        return Parameter(x, REPEATED if repeated else FLAT, 0, 0)
+    batch = x.dim() - ndims
+    shape, strides = x.shape, x.stride()
+    row = _collapse(shape[:batch], strides[:batch])
+    column = _collapse(shape[batch:], strides[batch:])
+    if row is None or column is None:
+        return Parameter(x.contiguous(), REPEATED if repeated else FLAT, 0, 0)
+    layout = STRIDED_REPEATED if repeated else STRIDED
+    # Vectors of 4 need the address of the first as well.
+    if row % 4 == 0 and column == 1 and x.data_ptr() % 16 == 0:
+        return Parameter(x, layout + 4, row // 4, column)
+    return Parameter(x, layout, row, column)
+
+
+def event_numel(shape: torch.Size, ndims: int) -> int:
+    """Number of elements of the last `ndims` dimensions of `shape`."""
+    n = 1
+    for size in shape[len(shape) - ndims :]:
+        n *= size
+    return n
+
+
+class State(NamedTuple):
+    """Where the noise of a draw comes from: an int64 pair on the device, or two numbers.
+
+    Attributes:
+        pair: (seed, number of the draw), int64 `[2]`; None where the numbers count.
+        ticket: int32 `[1]`, 0 between draws; None where the pair is not to be advanced.
+        seed: the key.
+        call: number of the draw.
+    """
+
+    pair: Tensor | None
+    ticket: Tensor | None = None
+    seed: int = 0
+    call: int = 0
+
+
+class Clamp(NamedTuple):
+    """The bounds of a value: two numbers, or two tensors `[A]`, contiguous.
+
+    Attributes:
+        lo: lower bound as a number.
+        hi: upper bound as a number.
+        low: lower bounds of a row's elements; None where the numbers count.
+        high: upper bounds likewise.
+    """
+
+    lo: float = 0.0
+    hi: float = 0.0
+    low: Tensor | None = None
+    high: Tensor | None = None
+
+    @property
+    def kind(self) -> int:
+        """1 for numbers, 2 for tensors, as the kernels name them."""
+        return 1 if self.low is None else 2
+
+
+NO_CLAMP = Clamp()
+NO_STATE = State(None)
+
+
+def fast(x: Tensor) -> bool:
+    """Whether the approximate instructions of NVIDIA's GPUs are there for kernels on `x`."""
+    return x.is_cuda and torch.version.hip is None and not INTERPRETED
+
+
+def launching(x: Tensor) -> Any:
+    """What a launch for tensors on the device of `x` runs under."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def tail(grad: Tensor | None) -> Tensor | None:
+    """A gradient of rows as the kernels read it; sums hand on expanded ones, which are copied."""
+    return None if grad is None else grad.contiguous()

@@ -1,0 +1,89 @@
+"""Primitives of the kernels: pure functions from values to values, in fp32.
+
+`FAST` picks the body. With it the approximate instructions of NVIDIA's special function unit are
+written out, one instruction each: `tl.log2` is a polynomial of 25 instructions, and `tl.cos` and
+`tl.sin` carry a slow path with a table in local memory. Without it the plain functions of
+`triton.language` serve, for AMD and for Triton's interpreter, which cannot run inline assembly.
+
+Error of the approximate ones (PTX ISA 8.7, section 9.7.3): lg2 2^-22 absolute near 1 and 2 ulp
+elsewhere, ex2 2 ulp, sin and cos 2^-20.5 absolute in [-pi, pi], sqrt and rcp 1 ulp.
+"""
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+HALF_LOG_2PI = tl.constexpr(0.9189385332046727)
+
+
+@triton.jit
+def log2(x, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def exp2(x, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def sqrt(x, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def reciprocal(x, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def sin(x, FAST: tl.constexpr):
+    """Sine of an angle in [-pi, pi]."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "sin.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.sin(x)
+
+
+@triton.jit
+def cos(x, FAST: tl.constexpr):
+    """Cosine of an angle in [-pi, pi]."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "cos.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.cos(x)
+
+
+@triton.jit
+def log(x, FAST: tl.constexpr):
+    return log2(x, FAST) * LN2
+
+
+@triton.jit
+def exp(x, FAST: tl.constexpr):
+    return exp2(x * LOG2E, FAST)

@@ -1,0 +1,193 @@
+"""What the kernels of all families share: which elements a program handles, and sums of their rows.
+
+A program handles `COUNT` elements in their flat order, so that noise is drawn for whole groups of
+four whatever the size A of a row is. Three layouts, chosen at launch:
+
+- A a power of two: COUNT / A whole rows, summed as a 2-D tile.
+- GATHER, any other A up to COUNT / 4: as many whole rows as fit, a multiple of 4 of them, so that
+  a tile begins with a group. Their sums come from a gather: 32 to 40 issue slots an element for
+  the Normal, where a tile padded to a power of two takes 116 at A = 17 and 128 at A = 33.
+- WIDE: a row is longer than a tile; a program goes over one row chunk by chunk.
+
+Within a tile elements are counted in int32 from the tile's start, which is an int64 scalar: more
+than 2^31 elements at the cost of none of the 64-bit arithmetic.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sum_rows(x, A: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, GATHER: tl.constexpr):
+    """Sums the rows of a flat tile.
+
+    Args:
+        x: `[COUNT]`.
+        A: size of a row.
+        COUNT: size of the tile.
+        ROWS: number of rows in it; for the gather, the next power of two.
+        GATHER: whether A is no power of two.
+
+    Returns:
+        `[ROWS]`.
+    """
+    if GATHER:
+        WIDTH: tl.constexpr = triton.next_power_of_2(A)
+        column = tl.arange(0, WIDTH)[:, None]
+        source = tl.arange(0, ROWS)[None, :] * A + column
+        inside = (column < A) & (source < COUNT)
+        source = tl.where(inside, source, 0)
+        taken = tl.gather(x, tl.reshape(source, [WIDTH * ROWS]), 0)
+        return tl.sum(tl.where(inside, tl.reshape(taken, [WIDTH, ROWS]), 0.0), 0)
+    elif ROWS == COUNT:
+        return x
+    else:
+        return tl.sum(tl.reshape(x, [ROWS, COUNT // ROWS]), 1)
+
+
+@triton.jit
+def place(start, i, A: tl.constexpr, COUNT: tl.constexpr):
+    """Row and column of the elements of a tile.
+
+    Args:
+        start: int64, flat index of the tile's first element.
+        i: int32 `[COUNT]`.
+        A: size of a row.
+        COUNT: size of the tile.
+
+    Returns:
+        int64 rows, int32 columns.
+    """
+    if COUNT % A == 0:
+        return start // A + i // A, i % A
+    else:
+        i += (start % A).to(tl.int32)
+        return start // A + i // A, i % A
+
+
+@triton.jit
+def pointers(
+    ptr, start, i, rows, row_stride, column_stride,
+    A: tl.constexpr, COUNT: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Where the elements of a tile lie in a parameter.
+
+    Args:
+        ptr: the parameter.
+        start: int64, flat index of the tile's first element.
+        i: int32 `[COUNT]`.
+        rows: number of rows of the parameter, which begins anew after them.
+        row_stride: in units of 4 elements where LAYOUT has 4 added, so that the compiler knows a
+            factor of it and loads whole vectors; in elements otherwise.
+        column_stride: in elements.
+        A: size of a row.
+        COUNT: size of the tile.
+        LAYOUT: 0 like the output; 1 like it, but begun anew for each sample; 2 strided; 3 strided
+            and begun anew; plus 4 where the row stride is a multiple of 4.
+    """
+    if LAYOUT == 0:
+        return ptr + start + i
+    else:
+        row, column = place(start, i, A, COUNT)
+        if LAYOUT % 2 == 1:
+            row = row % rows
+        if LAYOUT == 1:
+            return ptr + row * A + column
+        elif LAYOUT >= 4:
+            return ptr + row * (row_stride * 4) + column * column_stride
+        else:
+            return ptr + row * row_stride + column * column_stride
+
+
+@triton.jit
+def load(
+    ptr, start, i, inside, other, rows, row_stride, column_stride,
+    A: tl.constexpr, COUNT: tl.constexpr, LAYOUT: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Loads a tile of a parameter, in fp32; arguments as for `pointers`.
+
+    A mask stops vectorized access, so that a tile whose elements all exist (WHOLE) has none.
+    """
+    at = pointers(ptr, start, i, rows, row_stride, column_stride, A, COUNT, LAYOUT)
+    if WHOLE:
+        return tl.load(at).to(tl.float32)
+    else:
+        return tl.load(at, mask=inside, other=other).to(tl.float32)
+
+
+@triton.jit
+def of_rows(ptr, start, i, inside, A: tl.constexpr, COUNT: tl.constexpr, WHOLE: tl.constexpr):
+    """One value of each row, at each of its elements, in fp32; 0 at those that do not exist."""
+    if WHOLE and COUNT % A == 0:
+        ROWS: tl.constexpr = COUNT // A
+        x = tl.load(ptr + start // A + tl.arange(0, ROWS)).to(tl.float32)
+        return tl.reshape(tl.broadcast_to(x[:, None], [ROWS, A]), [COUNT])
+    else:
+        row, _ = place(start, i, A, COUNT)
+        return tl.load(ptr + row, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def of_first_rows(
+    ptr, start, i, inside, rows, A: tl.constexpr, COUNT: tl.constexpr, WHOLE: tl.constexpr
+):
+    """The same for a tensor of the first `rows` rows alone; 0 at the elements of others."""
+    if WHOLE and COUNT % A == 0:
+        ROWS: tl.constexpr = COUNT // A
+        row = start // A + tl.arange(0, ROWS)
+        x = tl.load(ptr + row, mask=row < rows, other=0.0).to(tl.float32)
+        return tl.reshape(tl.broadcast_to(x[:, None], [ROWS, A]), [COUNT])
+    else:
+        row, _ = place(start, i, A, COUNT)
+        return tl.load(ptr + row, mask=inside & (row < rows), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(ptr, start, x, i, inside, COUNT: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr):
+    """Stores in the output's type: the first `TILE` elements of a whole tile, or those inside."""
+    x = x.to(ptr.dtype.element_ty)
+    if not WHOLE:
+        tl.store(ptr + start + i, x, mask=inside)
+    elif TILE == COUNT:
+        tl.store(ptr + start + i, x)
+    else:
+        # TILE is a multiple of 4, so that vectors are kept.
+        tl.store(ptr + start + i, x, mask=i < TILE)
+
+
+@triton.jit
+def store_rows(
+    ptr, first, x, total_rows, ROWS: tl.constexpr, OWN: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Stores `[ROWS]` values of the rows from `first` on, of which the tile owns OWN."""
+    i = tl.arange(0, ROWS)
+    x = x.to(ptr.dtype.element_ty)
+    if not WHOLE:
+        tl.store(ptr + first + i, x, mask=(i < OWN) & (first + i < total_rows))
+    elif ROWS == OWN:
+        tl.store(ptr + first + i, x)
+    else:
+        tl.store(ptr + first + i, x, mask=i < OWN)
+
+
+@triton.jit
+def bounds(low, high, lo, hi, start, i, A: tl.constexpr, COUNT: tl.constexpr, CLAMP: tl.constexpr):
+    """Bounds of the elements: two numbers where CLAMP is 1, those of a row's elements where 2."""
+    if CLAMP == 2:
+        _, column = place(start, i, A, COUNT)
+        return tl.load(low + column).to(tl.float32), tl.load(high + column).to(tl.float32)
+    else:
+        return lo, hi
+
+
+@triton.jit
+def clamp(x, lo, hi):
+    """`torch.clamp`, a NaN stays: one instruction for each bound where a comparison takes two."""
+    x = tl.maximum(x, lo, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, hi, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.constexpr_function
+def span(a, count):
+    """Elements that the chunks of a row of `a` go over: up to 3 lie before it."""
+    return a if a % count == 0 else a + 3
