@@ -92,7 +92,7 @@ def _store_sums(
         tile.store_rows(entropy, first, sums + A * (0.5 + m.HALF_LOG_2PI), rows, ROWS, OWN, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "call", "total_rows", "rows"])
 def draw_kernel(
     loc, scale, value, score, entropy, low, high, lo, hi, state, used, ticket, seed, call,
     total_rows, rows, loc_row, loc_column, scale_row, scale_column,
@@ -204,7 +204,7 @@ def _draw_backward_tile(
     tile.store(grad_scale, start, by_scale, i, inside, COUNT, COUNT, WHOLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "rows"])
 def draw_backward_kernel(
     grad_value, grad_score, grad_entropy, loc, scale, grad_loc, grad_scale, low, high, lo, hi,
     used, total, rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
@@ -259,7 +259,7 @@ def _score_tile(
     return energy, log_sigma
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_rows", "rows"])
 def score_kernel(
     loc, scale, value, score, entropy, total_rows, rows,
     loc_row, loc_column, scale_row, scale_column, value_row, value_column,
@@ -345,7 +345,7 @@ def _score_backward_tile(
         tile.store(grad_value, start, -by_loc, i, inside, COUNT, COUNT, WHOLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "rows"])
 def score_backward_kernel(
     grad_score, grad_entropy, loc, scale, value, grad_loc, grad_scale, grad_value, total, rows,
     loc_row, loc_column, scale_row, scale_column, value_row, value_column,
