@@ -28,6 +28,8 @@ from fastprob.rng import Stream
 # Stands for an argument that was not given: the positional ones may be the parameters themselves.
 _UNSET: Any = object()
 _is_compiling = torch.compiler.is_compiling
+# The entry of a generator's state in a state_dict.
+_STATE_KEY = "generator_state"
 Projections = Mapping[NestedKey, Callable[[Tensor], Tensor]]
 
 
@@ -69,7 +71,10 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             them in front of its batch size. Deterministic values are repeated.
         generator: source of the noise: a `torch.Generator`, advanced in place; an int, the seed of
             a generator of the module's own; or a key of the tensordict that holds a generator or a
-            scalar seed, whose successor is written back. None for torch's default generator.
+            scalar seed, whose successor is written back. None for torch's default generator. The
+            same numbers are drawn under `torch.compile`, where a key must hold a tensor. The state
+            of a generator, given or of the module's own, is the entry `generator_state` of the
+            module's `state_dict`.
 
     Raises:
         ValueError: for an unknown interaction type, an unknown distribution name, or a log-prob key
@@ -253,6 +258,34 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         if successor is None:
             return generator, None
         return generator, lambda used: stream.close((tensordict,), used, successor)
+
+    # Not by get_extra_state, which would give every module an entry that upstream's has not.
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state = None if self._stream is None else self._stream.state()
+        if state is not None:
+            destination[prefix + _STATE_KEY] = state
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # Taken out, so that nobody reports it as unexpected. A state_dict without it, as upstream
+        # writes them, leaves the stream where it is.
+        state = None
+        if self._stream is not None and self._stream.key is None:
+            state = state_dict.pop(prefix + _STATE_KEY, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if state is not None:
+            try:
+                self._stream.load(state)  # type: ignore[union-attr]
+            except ValueError as err:
+                args[-1].append(f"{prefix}{_STATE_KEY}: {err}")
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(fn, *args, **kwargs)
+        stream = self._stream
+        if stream is not None and stream.seed is not None and stream.generator is not None:
+            # Where the parameters of the distribution go, its noise has to come from.
+            stream.move(fn(torch.empty(0, device=stream.generator.device)).device)
+        return self
 
     # distribution ---------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from contextlib import contextmanager
 
@@ -13,7 +15,7 @@ from torch import distributions as D
 
 import fastprob as fp
 from fastprob import distributions as fpd
-from fastprob.rng import exponential, standard_normal
+from fastprob.rng import exponential, fold_in, standard_normal
 from tests._modules import (
     assert_same,
     head,
@@ -347,15 +349,321 @@ def test_get_dist_of_a_composite_sequence_uses_each_generator():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_compile_does_not_ignore_a_generator():
-    module = head(generator=generator(), default_interaction_type="random")
-    td = normal_td(4)
+BACKENDS = ["aot_eager", "inductor"]
+
+
+def source_of(how: str) -> torch.Generator | int | str | None:
+    return {"none": None, "generator": generator(), "int": 11, "key": "rng"}[how]
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n != "unknown to fastprob"])
+@pytest.mark.parametrize("how", ["none", "generator", "int", "key"])
+def test_compiled_draws_what_eager_draws(name, how):
+    kwargs, make = CASES[name]
+    source = make(4)
+    source.batch_size = []
+    source["rng"] = torch.tensor(17)
+    results, seeds = [], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        module = head(default_interaction_type="random", generator=source_of(how), **kwargs)
+        call = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+        torch.manual_seed(3)
+        td = source.copy()
+        for _ in range(3):
+            out = call(td.copy())
+            if how == "key":
+                # num_samples: the result holds one for each sample.
+                td["rng"] = out["rng"].flatten()[0]
+            results.append(out)
+            seeds.append(int(td["rng"]))
+    assert seeds[:3] == seeds[3:]
+    assert len(set(seeds)) == (3 if how == "key" else 1)
+    for eager, graph in zip(results[:3], results[3:], strict=True):
+        assert_same(graph, eager)
+    drawn = "a" if name == "composite" else "action"
+    assert not torch.equal(results[0][drawn], results[1][drawn])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_equal_draws_of_one_graph_are_different_draws_in_order(backend, grad):
+    """Three heads of the same parameters: no compiler may merge or reorder their noise."""
+    source = normal_td(4)
+    for how in ("none", "generator"):
+        results = []
+        for compiled in (False, True):
+            own = source_of(how)
+            heads = [
+                head(
+                    out_keys=[key],
+                    default_interaction_type="random",
+                    generator=own,
+                    return_log_prob=True,
+                    log_prob_key=key + "_lp",
+                )
+                for key in "abc"
+            ]
+
+            def run(td, heads=heads):
+                for module in heads:
+                    td = module(td)
+                return td
+
+            torch._dynamo.reset()
+            torch.manual_seed(3)
+            call = torch.compile(run, backend=backend, fullgraph=True) if compiled else run
+            leaves = {k: v.clone().requires_grad_(grad) for k, v in source.items()}
+            td = call(TensorDict(leaves, batch_size=[4]))
+            if grad:
+                sum((i + 1) * td[k].square().sum() for i, k in enumerate(heads_keys())).backward()
+                td["loc_grad"], td["scale_grad"] = leaves["loc"].grad, leaves["scale"].grad
+            results.append(td.detach())
+        assert_same(results[1], results[0])
+        assert not torch.equal(results[1]["a"], results[1]["b"])
+
+
+def heads_keys() -> list[str]:
+    return [key + suffix for suffix in ("", "_lp") for key in "abc"]
+
+
+def test_a_compiled_call_advances_the_generator_in_place():
+    own, other = generator(), generator()
+    module = head(generator=own, default_interaction_type="random")
     torch._dynamo.reset()
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    with pytest.raises(Exception, match=r"generator= is not supported under torch.compile"):
-        compiled(td.copy())
+    td = normal_td(4)
+    with global_state_untouched():
+        drawn = [m(td.copy())["action"] for m in (compiled, module, compiled)]
+    for value in drawn:
+        noise = torch.randn(4, 4, generator=other)
+        torch.testing.assert_close(value, td["loc"] + noise * td["scale"])
+    assert torch.equal(own.get_state(), other.get_state())
+
+
+def test_one_graph_serves_many_streams():
+    frames = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    td = normal_td(4)
+    drawn = []
+    for seed in (1, 2, 3):
+        module = head(generator=seed, default_interaction_type="random")
+        compiled = torch.compile(module, backend=frames, fullgraph=True)
+        drawn.append(compiled(td.copy())["action"])
+        again = head(generator=seed, default_interaction_type="random")
+        assert_same(TensorDict(a=drawn[-1]), TensorDict(a=again(td.copy())["action"]))
+    assert frames.frame_count == 1
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize("held", [NonTensorData(5), NonTensorData(torch.Generator())])
+def test_under_compile_a_key_must_hold_a_tensor(held):
+    module = head(generator="rng", default_interaction_type="random")
+    td = TensorDict(normal_td(4).to_dict())
+    td.set("rng", held)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"the generator key 'rng' holds a \w+, which would become"):
+        compiled(td)
     with fp.set_interaction_type("mode"):
-        assert torch.equal(compiled(td.copy())["action"], td["loc"])
+        assert torch.equal(compiled(td)["action"], td["loc"])
+
+
+def test_under_compile_a_distribution_takes_no_generator():
+    own = generator()
+
+    def draw(loc):
+        return fpd.Normal(loc, torch.ones_like(loc)).rsample_and_log_prob(generator=own)
+
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"Give it to the module"):
+        torch.compile(draw, backend="aot_eager", fullgraph=True)(torch.zeros(3))
+
+
+def test_under_compile_an_unknown_distribution_takes_no_generator():
+    module = head(distribution_class=uniform, generator=3, default_interaction_type="random")
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"a distribution that fastprob does not know"):
+        compiled(normal_td(4))
+
+
+# --- stop and resume ---
+
+
+def four_draws(module, td):
+    return [module(td.copy())["action"] for _ in range(4)]
+
+
+@pytest.mark.parametrize("how", ["generator", "int"])
+@pytest.mark.parametrize("before", [0, 3])
+def test_a_stream_resumes_bit_by_bit(how, before):
+    td = normal_td(4)
+    first = head(generator=source_of(how), default_interaction_type="random")
+    for _ in range(before):
+        first(td.copy())
+    saved = first.state_dict()
+    assert list(saved) == ["generator_state"]
+    rest = four_draws(first, td)
+    for called in (0, 1):
+        second = head(
+            generator=generator(99) if how == "generator" else 99, default_interaction_type="random"
+        )
+        for _ in range(called):
+            second(td.copy())
+        second.load_state_dict(saved)
+        assert all(map(torch.equal, rest, four_draws(second, td)))
+    # Loading and saving again without a call in between.
+    third = head(generator=99, default_interaction_type="random")
+    third.load_state_dict(saved)
+    assert torch.equal(third.state_dict()["generator_state"], saved["generator_state"])
+
+
+def test_a_seed_of_64_bits_resumes():
+    td = normal_td(4)
+    first, second = (
+        head(generator=seed, default_interaction_type="random") for seed in (2**64 - 3, 0)
+    )
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(td.copy())["action"], second(td.copy())["action"])
+
+
+def test_modules_without_a_generator_have_the_keys_of_upstream():
+    ours, theirs = twins()
+    assert list(ours.state_dict()) == list(theirs.state_dict()) == []
+    assert list(head(generator="rng").state_dict()) == []
+    # What upstream has saved loads, and leaves the stream where it is.
+    module = head(generator=5, default_interaction_type="random")
+    module.load_state_dict(theirs.state_dict())
+    td = normal_td(4)
+    again = head(generator=5, default_interaction_type="random")
+    assert torch.equal(module(td.copy())["action"], again(td.copy())["action"])
+
+
+@pytest.mark.parametrize(
+    "state", [torch.zeros(3), torch.zeros(17, dtype=torch.uint8), "seven"], ids=str
+)
+def test_a_state_that_is_none(state):
+    module = head(generator=generator())
+    with pytest.raises(RuntimeError, match=r"generator_state: (the state of a stream is|a state)"):
+        module.load_state_dict({"generator_state": state})
+
+
+def test_a_module_without_a_generator_refuses_the_state_of_one():
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*generator_state"):
+        head().load_state_dict(head(generator=3).state_dict())
+
+
+def test_a_copy_is_a_stream_of_its_own_also_compiled():
+    td = normal_td(4)
+    module = head(generator=5, default_interaction_type="random")
+    module(td.copy())
+    copied = copy.deepcopy(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(copied, backend="aot_eager", fullgraph=True)
+    rest = four_draws(module, td)
+    torch.testing.assert_close(rest, four_draws(compiled, td))
+
+
+def test_to_another_device_a_seed_goes_on_from_a_seed_of_its_own():
+    td = normal_td(4)
+    module = head(generator=5, default_interaction_type="random")
+    module.to(torch.float64)
+    module(td.copy())
+    expected = int(
+        torch.randint(0, 2**62, (), generator=pickle.loads(pickle.dumps(module.generator)))
+    )
+    module.to(torch.float32)
+    assert module._stream.generator is not None
+    module.to("meta")
+    assert module._stream.generator is None
+    assert module._stream.seed == expected
+
+
+# --- ranks and workers ---
+
+
+def test_no_two_workers_share_a_stream():
+    seeds = [fold_in(7, i) for i in range(20_000)]
+    assert all(0 <= s < 2**63 for s in seeds)
+    # What torch's CPU generator takes of a seed.
+    assert len({s & 0xFFFFFFFF for s in seeds}) == len(seeds)
+    assert torch.equal(
+        torch.randn(3, generator=generator(5)), torch.randn(3, generator=generator(5 + 2**32))
+    )
+    # Other seeds give other streams, also of the neighbouring index.
+    others = {fold_in(s, i) for s in range(100) for i in range(100)}
+    assert len(others) == 10_000
+
+
+def test_folded_seeds_look_random():
+    bits = torch.tensor([[(fold_in(s, i) >> b) & 1 for b in range(63)] for s in range(40)
+                         for i in range(100)], dtype=torch.float64)  # fmt: skip
+    # 63 means of 4,000 fair bits, of standard deviation 0.008: none is 5 of them away.
+    assert (bits.mean(0) - 0.5).abs().max() < 0.04
+
+
+@pytest.mark.parametrize("seed", [0, 1, -5, 2**62, 2**63 - 1, -(2**63)])
+def test_fold_in_of_a_tensor_is_that_of_the_int(seed):
+    for index in (0, 1, 77, 2**32 - 1):
+        folded = fold_in(torch.tensor([seed, 3]), index)
+        assert folded.tolist() == [fold_in(seed, index), fold_in(3, index)]
+
+
+def test_fold_in_of_a_tensor_compiles_without_a_look_at_it():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda s: fold_in(s, 3), backend="aot_eager", fullgraph=True)
+    assert int(compiled(torch.tensor(9))) == fold_in(9, 3)
+
+
+def test_fold_in_of_modules_and_generators():
+    td = normal_td(4)
+
+    def make(seed, shared=None):
+        heads = [
+            head(generator=g, default_interaction_type="random", out_keys=[k])
+            for k, g in (("a", seed), ("b", shared))
+        ]
+        return tdnn.ProbabilisticTensorDictSequential(*heads)
+
+    workers = [fold_in(make(5, generator()), i) for i in range(3)]
+    outs = [w(td.copy()) for w in workers]
+    again = fold_in(make(5, generator()), 1)(td.copy())
+    assert_same(outs[1], again)
+    for key in "ab":
+        assert not torch.equal(outs[0][key], outs[1][key])
+        assert not torch.equal(outs[1][key], outs[2][key])
+    direct = head(generator=fold_in(5, 2), default_interaction_type="random", out_keys=["a"])
+    assert torch.equal(direct(td.copy())["a"], outs[2]["a"])
+    # A generator that was drawn from folds by its initial seed.
+    used = generator()
+    torch.randn(3, generator=used)
+    torch.testing.assert_close(
+        torch.randn(3, generator=fold_in(used, 1)),
+        torch.randn(3, generator=generator(fold_in(11, 1))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "index", "kind", "said"),
+    [
+        (3, -1, ValueError, "from 0 to"),
+        (3, 2**32, ValueError, "from 0 to"),
+        (3, 1.0, ValueError, "from 0 to"),
+        (3, True, ValueError, "from 0 to"),
+        ("seed", 1, TypeError, "got str"),
+        (True, 1, TypeError, "got bool"),
+        (torch.zeros(2), 1, TypeError, "a tensor of torch.float32"),
+    ],
+)
+def test_fold_in_of_something_else(source, index, kind, said):
+    with pytest.raises(kind, match=said):
+        fold_in(source, index)
+
+
+def test_fold_in_of_a_module_whose_seed_is_in_the_tensordict():
+    with pytest.raises(ValueError, match=r"fold_in\(tensordict\['rng'\], index\)"):
+        fold_in(head(generator="rng"), 1)
 
 
 # --- the functions ---

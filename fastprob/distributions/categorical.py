@@ -97,9 +97,8 @@ class _CategoricalBase(Fused):
                 noise = rng.exponential(probs.shape, probs, generator)
                 index = ops.race(probs, noise)
                 return index.view(shape + index.shape) if shape else index
-            rng.refuse_generator_under_compile(generator)
             flat = probs.reshape(-1, probs.shape[-1])
-            index = torch.multinomial(flat, shape.numel(), True, generator=generator)
+            index = rng.multinomial(flat, shape.numel(), generator)
             return index.T.reshape(shape + probs.shape[:-1])
 
     def _at(self, interaction: InteractionType) -> Tensor:
@@ -244,10 +243,7 @@ class OneHotCategorical(_CategoricalBase, D.Categorical):
 
     def _draw(self, shape, generator, score, pathwise):
         if pathwise and self.grad_method == "RelaxedOneHot":
-            with rng.global_stream_from(generator):
-                relaxed = D.RelaxedOneHotCategorical(
-                    torch.ones((), device=self._given.device), logits=self._scores
-                ).rsample(shape)
+            relaxed = relaxed_one_hot(self._scores, shape, generator)
             index = relaxed.detach().argmax(-1)
             value = relaxed + (self._value(index).to(relaxed.dtype) - relaxed.detach())
         else:
@@ -285,6 +281,22 @@ class OneHotCategorical(_CategoricalBase, D.Categorical):
         values = torch.eye(n, dtype=torch.int64, device=self._given.device)
         values = values.view((n,) + (1,) * len(batch) + (n,))
         return values.expand((n, *batch, n)) if expand else values
+
+
+def relaxed_one_hot(scores: Tensor, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+    """A draw of temperature 1 from `torch.distributions.RelaxedOneHotCategorical`, of its noise.
+
+    Args:
+        scores: unnormalized log-probabilities, `[*batch, K]`.
+        shape: leading sample dimensions.
+        generator: source of the noise.
+
+    Returns:
+        points of the simplex, `[*shape, *batch, K]`, with gradients into the scores.
+    """
+    eps = torch.finfo(scores.dtype).eps
+    uniform = rng.uniform(shape + scores.shape, scores, generator).clamp(eps, 1.0 - eps)
+    return (scores - (-uniform.log()).log()).softmax(-1)
 
 
 def check_probs(name: str, probs: Tensor) -> None:

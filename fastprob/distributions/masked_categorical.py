@@ -12,9 +12,8 @@ from torch import distributions as D
 from torch.distributions import constraints
 from torch.nn.functional import one_hot
 
-from fastprob import rng
 from fastprob.distributions._base import EMPTY, MEAN, MEDIAN, check_real
-from fastprob.distributions.categorical import _CategoricalBase, check_probs
+from fastprob.distributions.categorical import _CategoricalBase, check_probs, relaxed_one_hot
 from fastprob.ops import categorical as categorical_ops
 from fastprob.ops import masked_categorical as ops
 
@@ -368,10 +367,7 @@ class MaskedOneHotCategorical(_MaskedBase, D.Categorical):
         if pathwise and self.grad_method == "RelaxedOneHot":
             # Masked entries at -inf would make the relaxed draw's gradient NaN.
             scores = self._scores.clamp_min(0.25 * torch.finfo(self._scores.dtype).min)
-            with rng.global_stream_from(generator):
-                relaxed = D.RelaxedOneHotCategorical(
-                    torch.ones((), device=scores.device), logits=scores, validate_args=False
-                ).rsample(shape)
+            relaxed = relaxed_one_hot(scores, shape, generator)
             position = relaxed.detach().argmax(-1)
             action = self._action(position)
             hard = one_hot(position, relaxed.shape[-1]).to(relaxed.dtype)

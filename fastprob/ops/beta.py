@@ -35,11 +35,10 @@ def _slopes(parts: Tensor, concentration: Tensor) -> tuple[Tensor, Tensor]:
 
 def _draw(a: Tensor, b: Tensor, shape: Any, generator: Any) -> tuple[Tensor, Tensor]:
     """A Dirichlet's two parts and its concentrations, `[*shape, *batch, *event, 2]`."""
-    rng.refuse_generator_under_compile(generator)
     concentration = torch.stack((a, b), -1)
     if shape:
         concentration = concentration.expand(shape + concentration.shape)
-    return torch._sample_dirichlet(concentration, generator), concentration  # type: ignore[attr-defined]
+    return rng.dirichlet(concentration, generator), concentration
 
 
 class _Sample(torch.autograd.Function):
