@@ -46,6 +46,20 @@ def add_calls_arguments(parser: argparse.ArgumentParser) -> None:
         help="only this case; may be repeated; a wrong name lists the right ones",
     )
     parser.add_argument(
+        "--provider",
+        action="append",
+        metavar="NAME",
+        help="only this provider, such as 'upstream compiled'; may be repeated",
+    )
+    parser.add_argument(
+        "--shape",
+        action="append",
+        type=_shape,
+        metavar="ROWSxWIDTH",
+        help="only this shape of each case; may be repeated",
+    )
+    _add_device(parser)
+    parser.add_argument(
         "--null",
         action="store_true",
         help="upstream in both roles: what the ratios then are off 1 is the error of the timer",
@@ -60,10 +74,29 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     _add_out(parser, "folder of the results")
 
 
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, width = text.partition("x")
+    try:
+        return int(rows), int(width)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected ROWSxWIDTH such as 4096x8, got {text}"
+        ) from None
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto takes the GPU where there is one (default: auto)",
+    )
+
+
 def _add_out(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help=f"{what} (default: bench/results/cpu; a run that is cut short by another option"
+        help=f"{what} (default: bench/results/<device>; a run that is cut short by another option"
         " writes only where --out says)",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -15,17 +16,38 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "tensordict", "torchrl", "gymnasium", "triton", "numpy")
 
 
+def pick_device(wanted: str) -> str | None:
+    """Returns ``"cpu"`` or ``"cuda"`` for an option; None where a GPU is wanted and none is there.
+
+    Args:
+        wanted: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    """
+    import torch
+
+    if wanted == "cpu" or torch.cuda.is_available():
+        return "cpu" if wanted == "cpu" else "cuda"
+    return "cpu" if wanted == "auto" else None
+
+
 def default_folder(device: str = "cpu") -> Path:
-    """Returns the folder of this device's results inside the checkout."""
+    """Returns the folder of a device's results inside the checkout.
+
+    Args:
+        device: ``"cpu"``, or ``"cuda"`` for the GPU that is there, whose folder has its name.
+    """
+    if device != "cpu":
+        import torch
+
+        device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     return ROOT / "bench" / "results" / device
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """Describes the run: device, versions, commit, date and command."""
     import torch
 
     return {
-        "device": _cpu_name(),
+        "device": _cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
         "cores": _cores(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -37,7 +59,7 @@ def environment() -> dict[str, Any]:
             _git("status", "--porcelain", "--", "fastprob", "kernels", "bench/*.py")
         ),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": "python -m bench " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m bench", *sys.argv[1:]]),
     }
 
 

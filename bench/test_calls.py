@@ -9,9 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.cases import BOTH, CASES, SHAPES
+from bench.cases import CASES, SHAPES
 from bench.gate import verify
 from bench.implementations import implementation
+from bench.providers import EXPORTED, SIDES, fresh_compiler, warm_up
 
 
 @pytest.fixture(autouse=True)
@@ -29,14 +30,18 @@ def one_thread():
         for shape in SHAPES
         for case in CASES.values()
         if shape in case.shapes
-        for provider in case.providers
+        for provider in case.providers("cpu", shape)
+        # An export takes half a minute.
+        if provider != EXPORTED
     ],
 )
 def test_call(benchmark, name, provider, shape):
     """Checks one provider of a case, then times it."""
-    problem = CASES[name].build({side: implementation(side) for side in BOTH}, shape)
+    fresh_compiler()
+    problem = CASES[name].build({side: implementation(side) for side in SIDES}, shape)
     benchmark.group = f"{name} {shape[0]}x{shape[1]}"
     with torch.set_grad_enabled(problem.grad):
         made = problem.makers[provider]()
         verify(problem, made, provider)
+        warm_up(made)
         benchmark(made.call)

@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 # A block of 2 ms is 20 times the cost of a context switch, and short enough that a round of four
 # providers sees one clock speed.
@@ -57,22 +58,118 @@ class Timings:
     """What one provider took in each round.
 
     Attributes:
-        us: microseconds per call, one entry for each round.
         inner: calls in the block of one round.
+        us: microseconds per call, one entry for each round. On a GPU at the clock, with the calls
+            back to back and the device waited for once at the end of the block.
+        host_us: on a GPU, until the calls have returned, which is before the device has finished.
+        device_us: on a GPU, between two events with the queue filled ahead: what the kernels take.
     """
 
     inner: int
     us: list[float] = field(default_factory=list)
+    host_us: list[float] = field(default_factory=list)
+    device_us: list[float] = field(default_factory=list)
 
     @property
     def quantiles(self) -> Quantiles:
         """Percentiles over rounds, in microseconds per call."""
         return Quantiles.of(self.us)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the percentiles and how many calls they come from, for JSON."""
+        return {
+            **self.quantiles.as_dict(),
+            **({"host": Quantiles.of(self.host_us).as_dict()} if self.host_us else {}),
+            **({"device": Quantiles.of(self.device_us).as_dict()} if self.device_us else {}),
+            "rounds": len(self.us),
+            "inner": self.inner,
+        }
+
 
 def ratio(numerator: Timings, denominator: Timings) -> Quantiles:
     """Percentiles of the ratio of two providers, taken round by round."""
     return Quantiles.of([a / b for a, b in zip(numerator.us, denominator.us, strict=True)])
+
+
+class CpuMeter:
+    """Times blocks of calls that are done when they return.
+
+    Args:
+        clock: in nanoseconds.
+    """
+
+    def __init__(self, clock: Callable[[], int]) -> None:
+        self.clock = clock
+
+    def inner(self, call: Callable[[], object], block_s: float) -> int:
+        """Returns how many calls fill a block, from the fastest of five."""
+        best = float("inf")
+        for _ in range(5):
+            begin = self.clock()
+            call()
+            best = min(best, self.clock() - begin)
+        return max(1, round(block_s * 1e9 / max(best, 1.0)))
+
+    def block(self, call: Callable[[], object], timing: Timings) -> None:
+        """Runs one block, and notes its time."""
+        begin = self.clock()
+        for _ in range(timing.inner):
+            call()
+        timing.us.append((self.clock() - begin) / 1e3 / timing.inner)
+
+
+class CudaMeter:
+    """Times blocks of calls that go on on a GPU after they have returned.
+
+    Args:
+        cuda: ``torch.cuda``; a test passes another.
+        clock: of the host, in nanoseconds.
+    """
+
+    # The driver holds 1,024 launches; a call of upstream makes up to 30. Beyond it, the host
+    # waits for the device, and its own time is no longer seen.
+    MOST = 32
+
+    def __init__(self, cuda: Any = None, clock: Callable[[], int] = time.perf_counter_ns) -> None:
+        if cuda is None:
+            import torch
+
+            cuda = torch.cuda
+        self.cuda, self.clock = cuda, clock
+
+    def inner(self, call: Callable[[], object], block_s: float) -> int:
+        """Returns how many calls fill a block, from the fastest of five; at most ``MOST``."""
+        best = float("inf")
+        for _ in range(5):
+            self.cuda.synchronize()
+            begin = self.clock()
+            call()
+            self.cuda.synchronize()
+            best = min(best, self.clock() - begin)
+        return min(self.MOST, max(1, round(block_s * 1e9 / max(best, 1.0))))
+
+    def block(self, call: Callable[[], object], timing: Timings) -> None:
+        """Runs two blocks: one at the clock, and one with the device held back at its start."""
+        cuda, clock, inner = self.cuda, self.clock, timing.inner
+        cuda.synchronize()
+        begin = clock()
+        for _ in range(inner):
+            call()
+        returned = clock()
+        cuda.synchronize()
+        done = clock()
+        timing.us.append((done - begin) / 1e3 / inner)
+        timing.host_us.append((returned - begin) / 1e3 / inner)
+        first, last = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        # The device sleeps while the host fills its queue, so that between the events it never
+        # waits for the host. 2 cycles a nanosecond; no GPU's clock is faster.
+        cuda._sleep(2 * (returned - begin) + 20_000)
+        first.record()
+        for _ in range(inner):
+            call()
+        last.record()
+        last.synchronize()
+        timing.device_us.append(first.elapsed_time(last) * 1e3 / inner)
 
 
 def interleave(
@@ -83,6 +180,7 @@ def interleave(
     max_rounds: int = 400,
     block_s: float = BLOCK_S,
     clock: Callable[[], int] = time.thread_time_ns,
+    meter: CpuMeter | CudaMeter | None = None,
     seed: int = 0,
 ) -> dict[str, Timings]:
     """Times several calls in interleaved rounds.
@@ -96,14 +194,18 @@ def interleave(
         block_s: the length of one provider's block in a round, in seconds.
         clock: a clock in nanoseconds. The default counts the CPU time of the calling thread: the
             same as seconds at the clock on an idle machine, and without the time that another
-            process or the progress bar took. Calls that use several threads, or a device,
-            need ``time.perf_counter_ns``.
+            process or the progress bar took. Calls that use several threads need
+            ``time.perf_counter_ns``.
+        meter: in place of the clock, for calls on a device.
         seed: of the order of the providers, which changes from round to round.
 
     Returns:
         The timings by name; entry ``i`` of each comes from the same round.
     """
-    timings = {name: Timings(_calibrate(call, block_s, clock)) for name, call in calls.items()}
+    meter = meter or CpuMeter(clock)
+    # A device is waited for, which takes no CPU time of this thread.
+    spent = clock if isinstance(meter, CpuMeter) else meter.clock
+    timings = {name: Timings(meter.inner(call, block_s)) for name, call in calls.items()}
     order = list(calls)
     shuffle = random.Random(seed).shuffle
     enabled = gc.isenabled()
@@ -111,30 +213,17 @@ def interleave(
     # A collection inside a block of 2 ms costs more than the block.
     gc.disable()
     try:
-        start = clock()
+        start = spent()
         for done in range(max_rounds):
-            if done >= min_rounds and (clock() - start) > budget_s * 1e9:
+            if done >= min_rounds and (spent() - start) > budget_s * 1e9:
                 break
             shuffle(order)
             for name in order:
                 call, timing = calls[name], timings[name]
                 # The first call after another provider's block finds cold caches.
                 call()
-                begin = clock()
-                for _ in range(timing.inner):
-                    call()
-                timing.us.append((clock() - begin) / 1e3 / timing.inner)
+                meter.block(call, timing)
     finally:
         if enabled:
             gc.enable()
     return timings
-
-
-def _calibrate(call: Callable[[], object], block_s: float, clock: Callable[[], int]) -> int:
-    """Returns how many calls fill a block, from the fastest of five."""
-    best = float("inf")
-    for _ in range(5):
-        begin = clock()
-        call()
-        best = min(best, clock() - begin)
-    return max(1, round(block_s * 1e9 / max(best, 1.0)))

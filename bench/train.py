@@ -11,8 +11,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from tensordict.nn import set_composite_lp_aggregate
 
 from bench import results
@@ -26,7 +24,7 @@ from bench.agreement import (
     final_return,
     rounding_twin,
 )
-from bench.console import make_console, make_progress
+from bench.console import make_console, make_progress, make_table
 from bench.implementations import Implementation, implementation
 from bench.ppo import Settings, Trainer, first_batch
 
@@ -81,7 +79,7 @@ def _run_all(
     sides: dict[str, Implementation],
     seeds: range,
     settings: Settings,
-    console: Console,
+    console: Any,
     deadline: float,
 ) -> tuple[dict[str, list[Trainer]], Any]:
     """Trains with both sides, seed by seed, and collects the rounding twin's batch.
@@ -158,13 +156,11 @@ PARTS = {
 
 
 def _print(
-    console: Console, runs: dict[str, list[Trainer]], verdicts: Sequence[Verdict], total: float
+    console: Any, runs: dict[str, list[Trainer]], verdicts: Sequence[Verdict], total: float
 ) -> None:
-    table = Table(title="CPU seconds per run, median over seeds", title_justify="left")
-    table.add_column("part")
-    for side in runs:
-        table.add_column(side, justify="right")
-    table.add_column("upstream ÷ fastprob", justify="right")
+    table = make_table(
+        "CPU seconds per run, median over seeds", ("part",), (*runs, "upstream ÷ fastprob")
+    )
     for part, names in PARTS.items():
         values = [_seconds(per_seed, *names) for per_seed in runs.values()]
         quotient = f"{values[0] / values[1]:.2f}"

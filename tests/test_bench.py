@@ -15,11 +15,12 @@ from tensordict import TensorDict
 
 pytest.importorskip("torchrl")
 
-from bench import agreement
-from bench.cases import CASES, SAFE, TARGETS
+from bench import agreement, calls, objectives
+from bench.cases import CASES, FAMILIES, SAFE, SHAPES, TARGETS
 from bench.gate import Problem, Provider, WrongResult, verify
 from bench.implementations import implementation
-from bench.timing import Quantiles, interleave, ratio
+from bench.providers import EXPORTED, GRAPHED, NAMES, REDUCED, ROOF, copies, copy_roof
+from bench.timing import CudaMeter, Quantiles, Timings, interleave, ratio
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (5, 3)
@@ -108,29 +109,52 @@ def _sides():
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_passes_its_gate(name):
-    problem = CASES[name].build(_sides(), TINY)
-    assert set(problem.makers) == set(CASES[name].providers)
-    for provider, make in problem.makers.items():
-        # Compiling takes seconds; the test of another draw below covers its branch.
-        if provider != "compiled":
-            verify(problem, make(), provider)
+    case = CASES[name]
+    shape = objectives.SHAPE if name.startswith("objective") else TINY
+    problem = case.build({side: implementation(side) for side in case.sides}, shape)
+    assert set(case.providers("cuda", (16, 8))) - {ROOF} <= set(problem.makers)
+    # Compiling takes seconds; the tests of other draws below cover its branch of the gate.
+    for provider in {*case.sides, "hand"} & set(problem.makers):
+        verify(problem, problem.makers[provider](), provider)
 
 
 def test_targets_name_cases_and_providers():
     for target in TARGETS:
-        assert {target.numerator, target.denominator} <= set(CASES[target.case].providers)
+        case = CASES[target.case]
+        for shape in target.bounds:
+            assert shape in case.at(target.device)
+            named = {target.numerator, target.denominator}
+            assert named <= set(case.providers(target.device, shape))
     low, high = TARGETS[0], TARGETS[3]
     assert low.met(6.0, (16, 8)) and not low.met(5.9, (16, 8))
     assert high.met(1.5, (16, 8)) and not high.met(1.6, (16, 8))
+
+
+def test_providers_by_device():
+    case = CASES["normal"]
+    assert not {*REDUCED, *GRAPHED, ROOF} & set(case.providers("cpu", (16, 8)))
+    assert set(case.providers("cuda", (16, 8))) == set(NAMES)
+    assert EXPORTED not in case.providers("cpu", (65536, 16))
+    assert case.at("cpu") == SHAPES and (1 << 20, 64) in case.at("cuda")
+
+
+def test_inputs_take_turns_beyond_the_caches():
+    assert copies(1) == 8 and copies(60e6) == 4 and copies(1e9) == 2
+    problem = CASES["normal"].build(_sides(), TINY)
+    provider = problem.makers["fastprob"]()
+    drawn = [provider.call() for _ in range(9)]
+    assert len({id(out) for out in drawn}) == 8 and drawn[0] is drawn[8]
+    roof = copy_roof(1000, "cpu")
+    assert roof().numel() == 500
 
 
 def test_every_family_has_a_safe_case_with_a_target():
     from fastprob.distributions import _registry
 
     known = {cls.__name__ for cls in _registry._BY_NAME.values()}
-    # "safe" is IndependentNormal's.
-    cases = {"safe": "IndependentNormal", "safe_composite": "CompositeDistribution"}
-    cases |= {name: family.distribution for name, family in SAFE.items()}
+    cases = {f"safe_{key}": family.distribution for key, family in FAMILIES.items()}
+    assert {*SAFE, "safe_normal"} == set(cases)
+    cases["safe_composite"] = "CompositeDistribution"
     assert known == set(cases.values())
     bounds = {
         t.case: t.bounds[16, 8]
@@ -163,7 +187,7 @@ def test_gate_refuses_a_wrong_provider(change):
 
 
 def test_gate_refuses_scoring_the_projected_value():
-    problem = CASES["safe"].build({"upstream": implementation("upstream")}, (64, 3))
+    problem = CASES["safe_normal"].build({"upstream": implementation("upstream")}, (64, 3))
     right = problem.makers["upstream"]()
     params = implementation("upstream").IndependentNormal, right.call()
 
@@ -213,6 +237,59 @@ def test_gate_refuses_another_draw_and_holds_other_noise():
         verify(problem, replace(right, call=lambda: frozen, same_draw=False), "frozen")
 
 
+OWN_NOISE = {
+    "too wide": ("normal", lambda got: {**got, "action": got["action"] * 1.2}),
+    "one row for all": ("normal", lambda got: {k: v[:1].expand_as(v) for k, v in got.items()}),
+    "score of another value": ("tanh_normal", lambda got: {**got, "log_prob": got["log_prob"] + 1}),
+    "never the last action": (
+        "categorical",
+        lambda got: {**got, "action": got["action"].clamp(max=1)},
+    ),
+    "projected twice": ("safe_normal", lambda got: {**got, "action": got["action"] / 2}),
+    "not a number": ("safe_tanh_normal", lambda got: {**got, "action": got["action"] * math.nan}),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), OWN_NOISE.values(), ids=OWN_NOISE.keys())
+def test_gate_holds_a_provider_with_noise_of_its_own(name, change):
+    problem = CASES[name].build({"upstream": implementation("upstream")}, (2048, 3))
+    right = replace(problem.makers["upstream"](), same_draw=False)
+    verify(problem, right, "own noise")
+    with pytest.raises(WrongResult):
+        verify(problem, _wrong(right, change), "wrong")
+
+
+def test_gate_looks_at_the_last_rows():
+    problem = CASES["normal"].build({"upstream": implementation("upstream")}, (20_000, 2))
+    right = replace(problem.makers["upstream"](), same_draw=False)
+
+    def stale(got):
+        action = got["action"].clone()
+        # The rows that no block of 4,096 fills.
+        action[16_384:] = action[:3616]
+        return {**got, "action": action}
+
+    verify(problem, right, "right")
+    with pytest.raises(WrongResult, match="log_prob"):
+        verify(problem, _wrong(right, stale), "wrong")
+
+
+def test_objectives_are_held_to_upstreams_loss_and_gradient():
+    problem = CASES["objective_sac"].build(_sides(), objectives.SHAPE)
+    right = problem.makers["fastprob"]()
+    verify(problem, right, "right")
+    for key, factor in (("loss_actor", 1.01), ("grads", 1.01)):
+        wrong = _wrong(right, lambda got, key=key, by=factor: {**got, key: got[key] * by})
+        with pytest.raises(WrongResult, match=key):
+            verify(problem, wrong, "wrong")
+    own = replace(right, same_draw=False)
+    verify(problem, own, "own noise")
+    with pytest.raises(WrongResult, match="loss_qvalue"):
+        verify(problem, _wrong(own, lambda got: {**got, "loss_qvalue": got["loss_qvalue"] * 2}), "")
+    with pytest.raises(ValueError, match="unknown objective 'dqn'"):
+        objectives.make_loss("dqn", accelerated=False)
+
+
 def test_gate_refuses_wrong_gradients():
     problem: Problem = CASES["normal_train"].build({"upstream": implementation("upstream")}, TINY)
     right = problem.makers["upstream"]()
@@ -222,6 +299,102 @@ def test_gate_refuses_wrong_gradients():
             _wrong(right, lambda got: {**got, "d_scale": got["d_scale"] * 1.001}),
             "wrong",
         )
+
+
+# ------------------------------------------------------------------------------ tables of calls
+
+
+def _row(name, **us):
+    timings = {key.replace("_", " "): Timings(1, value) for key, value in us.items()}
+    return calls.Row(CASES[name], (16, 8), timings, {}, {})
+
+
+def test_slower_lists_each_form_and_the_worst_first():
+    rows = [
+        _row("normal", upstream=[9.0] * 5, fastprob=[3.0] * 5, hand=[2.4] * 5),
+        _row("delta", upstream=[3.0] * 5, fastprob=[5.0] * 5),
+        _row("safe_normal", upstream_compiled=[4.0] * 5, fastprob_compiled=[8.0] * 5),
+        _row("one_hot", upstream_compiled=[4.0] * 5, fastprob=[1.0] * 5, copy_roof=[0.1] * 5),
+    ]
+    found = calls.slower(rows)
+    assert [(item.case, item.ours, item.other, item.ratio.p50) for item in found] == [
+        ("safe_normal", "fastprob compiled", "upstream compiled", 0.5),
+        ("delta", "fastprob", "upstream", 0.6),
+        ("normal", "fastprob", "hand", pytest.approx(0.8)),
+    ]
+    assert calls.slower(rows[3:]) == []
+
+
+def test_targets_are_judged_on_their_own_device():
+    rows = [_row("normal", upstream_graph=[9.0], fastprob_graph=[2.0], fastprob=[1.0], hand=[1.0])]
+    (on_cpu,) = calls.judge(rows, "cpu")
+    assert (on_cpu.target.denominator, on_cpu.met) == ("hand", True)
+    (on_gpu,) = calls.judge(rows, "cuda")
+    assert (on_gpu.ratio.p50, on_gpu.met) == (4.5, True)
+
+
+class FakeCuda:
+    """A device whose work takes a time of its own, on the host's clock."""
+
+    def __init__(self, clock, device_ns):
+        self.clock, self.cost, self.busy_until = clock, device_ns, 0
+        self.slept = 0
+
+    def launch(self, host_ns):
+        def call():
+            self.clock.now += host_ns
+            self.busy_until = max(self.busy_until, self.clock.now) + self.cost
+
+        return call
+
+    def synchronize(self):
+        self.clock.now = max(self.clock.now, self.busy_until)
+
+    def _sleep(self, cycles):
+        self.slept += 1
+        self.busy_until = max(self.busy_until, self.clock.now) + cycles // 2
+
+    def Event(self, enable_timing):
+        return FakeEvent(self)
+
+
+class FakeEvent:
+    def __init__(self, cuda):
+        self.cuda = cuda
+
+    def record(self):
+        self.at = max(self.cuda.busy_until, self.cuda.clock.now)
+
+    def synchronize(self):
+        self.cuda.synchronize()
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) / 1e6
+
+
+def test_cuda_meter_tells_host_device_and_clock_apart():
+    clock = FakeClock()
+    cuda = FakeCuda(clock, device_ns=3_000)
+    timings = interleave(
+        {"a": cuda.launch(host_ns=10_000)},
+        budget_s=0.0,
+        min_rounds=4,
+        block_s=130e-6,
+        meter=CudaMeter(cuda, clock),
+    )["a"]
+    assert timings.inner == 10 and cuda.slept == 4
+    # The host is the slower of the two: the device waits for it, but for the last call.
+    assert timings.host_us == [10.0] * 4
+    assert timings.us == pytest.approx([10.3] * 4)
+    # With the queue filled ahead, the device does not wait.
+    assert timings.device_us == pytest.approx([3.0] * 4)
+    assert {"p50", "host", "device", "rounds"} <= timings.as_dict().keys()
+
+
+def test_cuda_meter_keeps_within_the_launch_queue():
+    clock = FakeClock()
+    cuda = FakeCuda(clock, device_ns=1)
+    assert CudaMeter(cuda, clock).inner(cuda.launch(host_ns=10), 2e-3) == CudaMeter.MOST
 
 
 # --------------------------------------------------------------- rules of agreement in the main job
@@ -294,6 +467,7 @@ def test_calls_writes_json(tmp_path, capsys):
     try:
         assert main(["calls", "--quick", "--null", "--case", "delta", "--out", str(tmp_path)]) == 0
         assert main(["calls", "--case", "nothing"]) == 2
+        assert main(["calls", "--provider", "nobody"]) == 2
     finally:
         torch.set_num_threads(threads)
     out = capsys.readouterr().out
