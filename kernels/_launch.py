@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-# Read once, as Triton itself does.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = triton.knobs.runtime.interpret
 
 FLAT, REPEATED, STRIDED, STRIDED_REPEATED = range(4)
 
@@ -159,29 +157,20 @@ class State(NamedTuple):
     call: int = 0
 
 
-class Clamp(NamedTuple):
-    """The bounds of a value: two numbers, or two tensors `[A]`, contiguous.
-
-    Attributes:
-        lo: lower bound as a number.
-        hi: upper bound as a number.
-        low: lower bounds of a row's elements; None where the numbers count.
-        high: upper bounds likewise.
-    """
-
-    lo: float = 0.0
-    hi: float = 0.0
-    low: Tensor | None = None
-    high: Tensor | None = None
-
-    @property
-    def kind(self) -> int:
-        """1 for numbers, 2 for tensors, as the kernels name them."""
-        return 1 if self.low is None else 2
-
-
-NO_CLAMP = Clamp()
 NO_STATE = State(None)
+
+
+def bounds_of(clamp: Any) -> tuple[int, float | None, float | None, Any, Any]:
+    """How a kernel clamps, two numbers and two tensors, of which it reads what it needs.
+
+    Args:
+        clamp: the operators' `Bounds`, or None.
+    """
+    if clamp is None or clamp.kind == 0:
+        return 0, None, None, None, None
+    if clamp.kind == 1:
+        return 1, float(clamp.limits[0]), float(clamp.limits[1]), None, None
+    return 2, None, None, clamp.low, clamp.high
 
 
 def fast(x: Tensor) -> bool:

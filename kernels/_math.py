@@ -87,3 +87,47 @@ def log(x, FAST: tl.constexpr):
 @triton.jit
 def exp(x, FAST: tl.constexpr):
     return exp2(x * LOG2E, FAST)
+
+
+@triton.jit
+def with_sign(size, x):
+    """`size`, which is not negative, with the sign of x: one instruction, a comparison takes two."""
+    sign = x.to(tl.int32, bitcast=True) & -2147483648
+    return (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def tanh_parts(x, FAST: tl.constexpr):
+    """`t = exp(-2 |x|)` and `q = 1 / (1 + t)`.
+
+    Of these, 1 - tanh(x)^2 = 4 t q^2 and |tanh(x)| = (1 - t) q; neither loses anything where tanh
+    saturates.
+    """
+    t = exp2(tl.abs(x) * -2.8853900817779268, FAST)
+    return t, reciprocal(t + 1.0, FAST)
+
+
+@triton.jit
+def abs_tanh(x, t, q):
+    """`|tanh(x)|` from its `tanh_parts`.
+
+    Below 0.15 by a polynomial, fitted to a relative error of 2.4e-8: 1 - t is off by 6e-8 in all,
+    which is 0.6% of a tanh of 1e-5.
+    """
+    size = tl.abs(x)
+    u = size * size
+    near = size + size * (u * (-0.33332173 + u * 0.13166036))
+    return tl.where(size < 0.15, near, (1.0 - t) * q)
+
+
+@triton.jit
+def atanh(y, FAST: tl.constexpr):
+    """The inverse of tanh, for |y| < 1.
+
+    Below 0.4 by a polynomial, fitted to a relative error of 3.3e-8; beyond, both logarithms are of
+    the order of 0.3 or more, and their errors of 2^-22 are as small as the rounding.
+    """
+    u = y * y
+    near = y + y * (u * (0.33332714 + u * (0.20036444 + u * (0.13627383 + u * 0.15631629))))
+    far = (log2(1.0 + y, FAST) - log2(1.0 - y, FAST)) * 0.34657359027997264
+    return tl.where(tl.abs(y) < 0.4, near, far)

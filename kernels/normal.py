@@ -18,6 +18,8 @@ gradient of a draw.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,10 +29,9 @@ from fastprob.kernels import _math as m
 from fastprob.kernels import _random as random
 from fastprob.kernels import _tile as tile
 from fastprob.kernels._launch import (
-    NO_CLAMP,
     NO_STATE,
-    Clamp,
     State,
+    bounds_of,
     event_numel,
     fast,
     flat_grid,
@@ -380,7 +381,7 @@ def draw(
     state: State | None,
     score: bool = True,
     entropy: bool = False,
-    clamp: Clamp | None = None,
+    clamp: Any = None,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """A value, its score, the entropy and the state that was used, in one launch.
@@ -393,7 +394,7 @@ def draw(
         state: where the noise comes from; None for the mean itself.
         score: whether the log-density is wanted.
         entropy: whether the entropy is wanted.
-        clamp: bounds that the value is projected onto, after it was scored.
+        clamp: the `Bounds` that the value is projected onto, after it was scored.
         keep: whether the backward pass needs the state.
 
     Returns:
@@ -416,19 +417,19 @@ def draw(
     rows, total_rows = loc.numel() // a, total // a
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
-    bounds = clamp or NO_CLAMP
+    kind, lo, hi, low, high = bounds_of(clamp)
     source = state or NO_STATE
     grid = forward_grid(total_rows, a)
     with launching(loc):
         draw_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, value, scores, entropies,
-            bounds.low, bounds.high, bounds.lo, bounds.hi,
+            low, high, lo, hi,
             source.pair, used, source.ticket, source.seed, source.call,
             total_rows, rows, mu.row, mu.column, sigma.row, sigma.column,
             A=a, COUNT=grid.count, TILE=grid.tile, ROWS=grid.rows, OWN=grid.own,
             GATHER=grid.gather, WIDE=grid.wide, LOC=mu.layout, SCALE=sigma.layout,
             RANDOM=state is not None, SCORE=score, ENTROPY=entropy,
-            CLAMP=0 if clamp is None else clamp.kind, HOST=source.pair is None,
+            CLAMP=kind, HOST=source.pair is None,
             ADVANCE=source.ticket is not None, KEEP=used is not None, FAST=fast(loc),
             num_warps=grid.warps,
         )  # fmt: skip
@@ -446,7 +447,7 @@ def draw_backward(
     ndims: int,
     *,
     pathwise: bool = True,
-    clamp: Clamp | None = None,
+    clamp: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `draw` by loc and scale, `[*sample, *batch, *event]`.
 
@@ -472,18 +473,18 @@ def draw_backward(
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
     upstream = parameter(grad_value if grad_value is not None else grad_loc, ndims, False)
-    bounds = clamp or NO_CLAMP
+    kind, lo, hi, low, high = bounds_of(clamp)
     programs, count, warps = flat_grid(total)
     with launching(loc):
         draw_backward_kernel[(programs,)](
             upstream.tensor, tail(grad_score), tail(grad_entropy), mu.tensor, sigma.tensor,
-            grad_loc, grad_scale, bounds.low, bounds.high, bounds.lo, bounds.hi, used,
+            grad_loc, grad_scale, low, high, lo, hi, used,
             total, loc.numel() // a, upstream.row, upstream.column, mu.row, mu.column,
             sigma.row, sigma.column,
             A=a, COUNT=count, VALUE=upstream.layout, LOC=mu.layout, SCALE=sigma.layout,
             RANDOM=used is not None, PATHWISE=pathwise, BY_VALUE=grad_value is not None,
             BY_SCORE=grad_score is not None, BY_ENTROPY=grad_entropy is not None,
-            CLAMP=0 if clamp is None else clamp.kind, FAST=fast(loc), num_warps=warps,
+            CLAMP=kind, FAST=fast(loc), num_warps=warps,
         )  # fmt: skip
     return grad_loc, grad_scale
 
@@ -506,20 +507,19 @@ def score(
         entropy: whether the entropy is wanted.
 
     Returns:
-        log-density `[*sample, *batch]` and entropy `[*batch]`, in the dtype of `loc`.
+        log-density `[*sample, *batch]`, of the dtype that loc and value promote to, and entropy
+        `[*batch]`, of that of loc.
     """
     shape = torch.Size() if value is None else value.shape[: value.dim() - loc.dim()]
     batch = loc.shape[: loc.dim() - ndims]
     a = event_numel(loc.shape, ndims)
-    made = [
-        torch.empty(size, dtype=loc.dtype, device=loc.device) if wanted else None
-        for size, wanted in ((shape + batch, value is not None), (batch, entropy))
-    ]
-    scores, entropies = made
+    dtype = loc.dtype if value is None else torch.promote_types(loc.dtype, value.dtype)
+    scores = None if value is None else torch.empty(shape + batch, dtype=dtype, device=loc.device)
+    entropies = torch.empty(batch, dtype=loc.dtype, device=loc.device) if entropy else None
     rows = loc.numel() // a if a else 0
     total_rows = rows * shape.numel()
     if total_rows == 0:
-        for sums in made:
+        for sums in (scores, entropies):
             if sums is not None:
                 sums.zero_()
         return scores, entropies
@@ -565,7 +565,11 @@ def score_backward(
     a = event_numel(loc.shape, ndims)
     grad_loc = torch.empty(full, dtype=loc.dtype, device=loc.device)
     grad_scale = torch.empty(full, dtype=loc.dtype, device=loc.device)
-    grad_value = torch.empty(full, dtype=loc.dtype, device=loc.device) if to_value else None
+    grad_value = (
+        torch.empty(full, dtype=value.dtype, device=loc.device)
+        if to_value and value is not None
+        else None
+    )
     total = grad_loc.numel()
     if total == 0:
         return grad_loc, grad_scale, grad_value
@@ -580,6 +584,6 @@ def score_backward(
             mu.row, mu.column, sigma.row, sigma.column, given.row, given.column,
             A=a, COUNT=count, LOC=mu.layout, SCALE=sigma.layout, VALUE=given.layout,
             BY_SCORE=grad_score is not None, BY_ENTROPY=grad_entropy is not None,
-            TO_VALUE=to_value, FAST=fast(loc), num_warps=warps,
+            TO_VALUE=grad_value is not None, FAST=fast(loc), num_warps=warps,
         )  # fmt: skip
     return grad_loc, grad_scale, grad_value

@@ -34,6 +34,9 @@ class Fused(D.Distribution):
     # same kind, which for int64 one-hot vectors at 16 x 8 was a third of a safe call.
     _kind: tuple | None = None
 
+    # What the kernels clamp a value to after they have scored it, see `carry`.
+    _bounds_of_value: Any = None
+
     def _draw(
         self,
         shape: torch.Size,
@@ -152,6 +155,18 @@ class Fused(D.Distribution):
     @property
     def deterministic_sample(self) -> Tensor:
         return self._point(DETERMINISTIC, False)[0]
+
+    def carry(self, projection: Any) -> bool:
+        """Takes a projection over into the kernel that gives the value.
+
+        Args:
+            projection: one of `fastprob.ops.projection`.
+
+        Returns:
+            whether values of `_draw` and `_point` are projected from now on; if not, the caller
+            projects them.
+        """
+        return False
 
     def _checks(self, like: Tensor) -> bool:
         """Whether arguments are to be checked: torch's switch, on CPU, in plain eager mode.

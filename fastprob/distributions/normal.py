@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributions as D
 from torch.distributions import constraints
 
-from fastprob import rng
+from fastprob import backend, rng
 from fastprob.distributions._base import (
     EMPTY,
     Fused,
@@ -32,6 +32,11 @@ class _NormalBase(Fused):
 
     def _draw(self, shape, generator, score, pathwise):
         loc, scale = self.loc, self.scale
+        if backend.serves(loc):
+            return ops.draw(
+                loc, scale, shape, self._ndims, generator, score=score, pathwise=pathwise,
+                bounds=self._bounds_of_value,
+            )[:2]  # fmt: skip
         if score and not shape and not torch.is_grad_enabled():
             rows = rows_per_piece(loc, scale, self._ndims)
             if rows:
@@ -51,7 +56,19 @@ class _NormalBase(Fused):
 
     def _point(self, interaction: InteractionType, score: bool):
         loc = self.loc
+        if score and backend.serves(loc):
+            return ops.draw(
+                loc, self.scale, EMPTY, self._ndims, random=False, bounds=self._bounds_of_value
+            )[:2]
+        if self._bounds_of_value is not None:
+            loc = self._bounds_of_value.clamp(loc)
         return loc, ops.log_prob(loc, self.scale, loc, self._ndims) if score else None
+
+    def carry(self, projection: Any) -> bool:
+        if not backend.serves(self.loc):
+            return False
+        self._bounds_of_value = ops.bounds_of(projection, self.loc, self._ndims)
+        return self._bounds_of_value is not None
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of `value`, `[*sample, *batch]`."""

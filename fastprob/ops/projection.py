@@ -129,6 +129,10 @@ class ClampEach:
             _check_shape(value, self.shape)
         return out
 
+    def bounds(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Lower and upper bounds on a device."""
+        return self._bounds[device]
+
     def __repr__(self) -> str:
         return f"ClampEach(shape={tuple(self.shape)}, {self.dtype})"
 

@@ -12,10 +12,12 @@ subtraction and no division.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fastprob.reference import philox
 from fastprob.reference._chunks import Fill, pieces
 from fastprob.reference._reduce import affine_sum, event_numel, plain_tensors_only, vectors
 
@@ -130,3 +132,114 @@ def entropy(
     if log_scale is None:
         log_scale = torch.log(scale)
     return affine_sum(log_scale, ndims, 0.5 + HALF_LOG_2PI, 1)
+
+
+def draw(
+    loc: Tensor,  # [*batch, *event]
+    scale: Tensor,  # [*batch, *event]
+    state: Tensor | None,  # int64 [2]
+    shape: torch.Size,
+    ndims: int,
+    score: bool,
+    entropies: bool,
+    limits: Sequence[float] | None,
+    low: Tensor | None,  # [*event]
+    high: Tensor | None,  # [*event]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A value from a counter-based state, its score and the entropy; the mean without a state."""
+    full = shape + loc.shape
+    if state is None:
+        noise = torch.zeros(full, dtype=loc.dtype, device=loc.device)
+    else:
+        noise = philox.standard_normal(state, full, loc.dtype)
+    value = clamped(sample(loc, scale, noise), limits, low, high)
+    return (
+        value,
+        score_noise(scale, noise, ndims) if score else None,
+        entropy(scale, ndims) if entropies else None,
+    )
+
+
+def clamped(
+    value: Tensor,  # [*sample, *batch, *event]
+    limits: Sequence[float] | None,
+    low: Tensor | None,  # [*event]
+    high: Tensor | None,  # [*event]
+) -> Tensor:
+    """The value between two numbers, between bounds of each element's own, or as it is."""
+    if limits is not None:
+        return value.clamp(limits[0], limits[1])
+    if low is not None:
+        return value.clamp(low.to(value.dtype), None if high is None else high.to(value.dtype))
+    return value
+
+
+def draw_backward(
+    grad_value: Tensor | None,  # [*sample, *batch, *event]
+    grad_score: Tensor | None,  # [*sample, *batch]
+    grad_entropy: Tensor | None,  # [*batch]
+    loc: Tensor,  # [*batch, *event]
+    scale: Tensor,  # [*batch, *event]
+    state: Tensor | None,  # int64 [2]
+    shape: torch.Size,
+    ndims: int,
+    pathwise: bool,
+    limits: Sequence[float] | None,
+    low: Tensor | None,  # [*event]
+    high: Tensor | None,  # [*event]
+) -> tuple[Tensor, Tensor]:  # [*sample, *batch, *event] both
+    """The gradients of `draw` by loc and scale, the noise drawn anew."""
+    full = shape + loc.shape
+    if state is None:
+        noise = torch.zeros(full, dtype=loc.dtype, device=loc.device)
+    else:
+        noise = philox.standard_normal(state, full, loc.dtype)
+    by_loc, by_scale = torch.zeros_like(noise), torch.zeros_like(noise)
+    if grad_value is not None and pathwise:
+        x = sample(loc, scale, noise)
+        kept = clamped(x, limits, low, high) == x
+        by_loc = torch.where(kept, grad_value, 0.0)
+        by_scale = by_loc * noise
+    if grad_score is not None:
+        rate = _over_event(grad_score, ndims) / scale
+        if pathwise:
+            by_scale = by_scale - rate
+        else:
+            by_loc = rate * noise
+            by_scale = rate * (noise * noise - 1.0)
+    if grad_entropy is not None:
+        # The entropy has no sample dimensions: its gradient goes to the first sample alone.
+        rate = (_over_event(grad_entropy, ndims) / scale).expand(loc.shape)
+        by_scale = by_scale.clone()
+        by_scale.view(-1, *loc.shape)[0] += rate
+    return by_loc, by_scale
+
+
+def score_backward(
+    grad_score: Tensor | None,  # [*sample, *batch]
+    grad_entropy: Tensor | None,  # [*batch]
+    loc: Tensor,  # [*batch, *event]
+    scale: Tensor,  # [*batch, *event]
+    value: Tensor | None,  # [*sample, *batch, *event]
+    ndims: int,
+    to_value: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # [*sample, *batch, *event] each
+    """The gradients of `log_prob` and `entropy` by loc, scale and value."""
+    full = loc.shape if value is None else value.shape
+    by_loc, by_scale = loc.new_zeros(full), loc.new_zeros(full)
+    if grad_score is not None and value is not None:
+        z = (value - loc) / scale
+        rate = _over_event(grad_score, ndims) / scale
+        by_loc = (rate * z).to(loc.dtype)
+        by_scale = (rate * (z * z - 1.0)).to(loc.dtype)
+    if grad_entropy is not None:
+        rate = (_over_event(grad_entropy, ndims) / scale).expand(loc.shape)
+        by_scale.view(-1, *loc.shape)[0] += rate
+    grad_value = None
+    if to_value and value is not None:
+        grad_value = (-by_loc).to(value.dtype)
+    return by_loc, by_scale, grad_value
+
+
+def _over_event(grad: Tensor, ndims: int) -> Tensor:
+    return grad.reshape(grad.shape + (1,) * ndims)
