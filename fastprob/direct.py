@@ -18,8 +18,8 @@ from torch import distributions as D
 from fastprob.distributions import IndependentNormal
 from fastprob.distributions._base import RANDOM
 from fastprob.interaction import current_type
-from fastprob.io import skip_existing
-from fastprob.keys import aggregate_switch
+from fastprob.io import skips_existing
+from fastprob.keys import aggregate_mode
 from fastprob.reference._chunks import PIECE
 from fastprob.reference._reduce import functorch_level, kept_vectors, vectors
 from fastprob.reference.normal import HALF_LOG_2PI
@@ -74,10 +74,10 @@ class Straight:
         if (
             _grad_enabled()
             or functorch_level() is not None
-            or skip_existing._mode
+            or skips_existing()
             or module.distribution_kwargs
             or _Distribution._validate_args
-            or bool(aggregate_switch._mode) is not module._lp.aggregate
+            or bool(aggregate_mode()) is not module._lp.aggregate
             or (current_type() or module.default_interaction_type) is not RANDOM
             or tensordict._is_locked
         ):

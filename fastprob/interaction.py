@@ -10,7 +10,15 @@ from tensordict.nn.probabilistic import interaction_type
 
 from fastprob.distributions._any import take
 
-__all__ = ["InteractionType", "interaction_type", "read_type", "set_interaction_type", "take"]
+__all__ = [
+    "InteractionType",
+    "current_type",
+    "in_this_thread",
+    "interaction_type",
+    "read_type",
+    "set_interaction_type",
+    "take",
+]
 
 
 _mode = _upstream._interaction_type
@@ -18,7 +26,16 @@ _mode = _upstream._interaction_type
 if hasattr(_mode, "get_thread_mode"):
     # tensordict 0.15: lock-free, and each thread may have a type of its own.
     current_type = _mode.get_mode
+
+    def in_this_thread(kind: InteractionType | None) -> Any:
+        """A block under an interaction type that other threads do not see."""
+        return set_interaction_type(kind, thread_local=True)  # type: ignore[call-arg]
+
 else:
+
+    def in_this_thread(kind: InteractionType | None) -> Any:
+        """A block under an interaction type; tensordict 0.14 has one for the whole process."""
+        return set_interaction_type(kind)
 
     def current_type() -> InteractionType | None:
         """The interaction type in force, or None; without tensordict 0.14's lock (0.6 us)."""
@@ -31,6 +48,8 @@ def read_type(value: Any, argument: str) -> InteractionType:
     Raises:
         ValueError: naming the five types.
     """
+    if type(value) is InteractionType:
+        return value
     try:
         return InteractionType(value)
     except ValueError:

@@ -10,7 +10,17 @@ from tensordict.nn import utils as _nn_utils
 from tensordict.utils import NestedKey
 
 # What `set_composite_lp_aggregate` sets.
-aggregate_switch = _nn_utils._composite_lp_aggregate
+_aggregate_switch = _nn_utils._composite_lp_aggregate
+
+if hasattr(_aggregate_switch, "get_thread_mode"):
+    # tensordict 0.15: each thread may have a switch of its own.
+    aggregate_mode = _aggregate_switch.get_mode
+else:
+
+    def aggregate_mode() -> bool | str | None:
+        """What the switch was set to, None for never; without tensordict 0.14's lock (1 us)."""
+        return _aggregate_switch._mode
+
 
 SUM_KEY = "sample_log_prob"
 
@@ -20,7 +30,7 @@ def composite_switch() -> bool | None:
 
     tensordict's own `composite_lp_aggregate()` answers False in the last two cases alike.
     """
-    mode = aggregate_switch.get_mode()
+    mode = aggregate_mode()
     return None if mode is None else bool(mode)
 
 
@@ -210,8 +220,7 @@ class LogProbKeys:
         Raises:
             RuntimeError: naming both values.
         """
-        # The attribute, not composite_lp_aggregate(), which takes a lock: 1 us a call.
-        now = bool(aggregate_switch._mode)
+        now = bool(aggregate_mode())
         if now != self.aggregate:
             raise RuntimeError(
                 f"composite_lp_aggregate() was {self.aggregate} when this {self.owner} was built "

@@ -21,8 +21,8 @@ from fastprob.distributions import CompositeDistribution, Delta, recognize, reso
 from fastprob.distributions._base import EMPTY, MEAN, MEDIAN, MODE, RANDOM, Fused
 from fastprob.distributions.composite import sum_parts
 from fastprob.interaction import current_type, read_type, take
-from fastprob.io import Items, as_dict, can_skip, leaves, repeat, skip_existing, write
-from fastprob.keys import LogProbKeys, aggregate_switch, read_in_keys, read_out_keys, with_suffix
+from fastprob.io import Items, as_dict, can_skip, leaves, repeat, skips_existing, write
+from fastprob.keys import LogProbKeys, aggregate_mode, read_in_keys, read_out_keys, with_suffix
 from fastprob.rng import Stream
 
 # Stands for an argument that was not given: the positional ones may be the parameters themselves.
@@ -371,6 +371,7 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         tensordict_out: Any = _UNSET,
         _requires_sample: Any = _UNSET,
         *args: Any,
+        interaction_type: InteractionType | str | None = None,
         **kwargs: Any,
     ) -> Any:
         """Takes a value, scores it, projects it, and writes it.
@@ -383,6 +384,8 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             tensordict_out: where the results are written instead.
             _requires_sample: if False, the value is read from the tensordict, and only scored.
             *args: parameters, in a call without a tensordict.
+            interaction_type: how the value is taken in this call, whatever `set_interaction_type`
+                and the module's default say.
             **kwargs: parameters by name, likewise.
 
         Returns:
@@ -391,14 +394,15 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         Raises:
             KeyError: if an in-key is missing.
             TypeError: if the keywords do not match the distribution's.
-            ValueError: if a checked parameter is out of its domain, or a value does not fit the
-                spec.
+            ValueError: if a checked parameter is out of its domain, a value does not fit the
+                spec, or `interaction_type` is none.
             RuntimeError: if a result does not fit the batch size of the tensordict.
         """
         if (
             type(tensordict) is TensorDict
             and tensordict_out is _UNSET
             and _requires_sample is _UNSET
+            and interaction_type is None
             and not (args or kwargs or _is_compiling())
         ):
             straight = self._straight
@@ -407,15 +411,17 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             if straight is not None and straight.run(self, tensordict):
                 return tensordict
         elif kwargs or args or not is_tensor_collection(tensordict):
+            if interaction_type is not None:
+                kwargs["interaction_type"] = interaction_type
             return self._dispatch(tensordict, tensordict_out, _requires_sample, args, kwargs)
         if tensordict_out is _UNSET:
             tensordict_out = None
-        if skip_existing._mode and can_skip(self, tensordict):
+        if skips_existing() and can_skip(self, tensordict):
             return self._project_existing(tensordict)
         dist = self.get_dist(tensordict)
         score = self.return_log_prob
         keys = self._lp
-        if score and bool(aggregate_switch._mode) is not keys.aggregate:
+        if score and bool(aggregate_mode()) is not keys.aggregate:
             keys.check_unchanged("where the log-probability goes")
         out = tensordict if tensordict_out is None else tensordict_out
         if _requires_sample is not _UNSET and not _requires_sample:
@@ -423,9 +429,12 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         if not isinstance(dist, Fused):
             # An overridden get_dist may return any distribution.
             dist = recognize(dist)
-        interaction = current_type()
-        if interaction is None:
-            interaction = self.default_interaction_type
+        if interaction_type is None:
+            interaction = current_type()
+            if interaction is None:
+                interaction = self.default_interaction_type
+        else:
+            interaction = read_type(interaction_type, "interaction_type")
         generator = successor = None
         if self._stream is not None and _draws(dist, interaction):
             generator, successor = self._stream.open(tensordict, self.in_keys)
@@ -489,9 +498,16 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
 
     @dispatch(auto_batch_size=False)
     def _dispatched(
-        self, tensordict: Any, tensordict_out: Any = None, _requires_sample: bool = True
+        self,
+        tensordict: Any,
+        tensordict_out: Any = None,
+        _requires_sample: bool = True,
+        *,
+        interaction_type: InteractionType | str | None = None,
     ) -> Any:
-        return self.forward(tensordict, tensordict_out, _requires_sample)
+        return self.forward(
+            tensordict, tensordict_out, _requires_sample, interaction_type=interaction_type
+        )
 
     forward.__signature__ = inspect.signature(_dispatched)  # type: ignore[attr-defined]
 

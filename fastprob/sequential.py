@@ -10,7 +10,6 @@ from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.nn import CompositeDistribution as _UpstreamComposite
 from tensordict.nn import TensorDictSequential, dispatch
 from tensordict.nn import probabilistic as _upstream
-from tensordict.nn.probabilistic import interaction_type, set_interaction_type
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch import distributions as D
@@ -18,13 +17,26 @@ from torch import distributions as D
 from fastprob.distributions import CompositeDistribution
 from fastprob.distributions._any import take
 from fastprob.distributions._base import EMPTY
-from fastprob.io import can_skip, leaves, skip_existing, write
+from fastprob.interaction import InteractionType, current_type, in_this_thread, read_type
+from fastprob.io import can_skip, leaves, skips_existing, write
 from fastprob.modules import ProbabilisticTensorDictModule
 
 _HEADS = (
     _upstream.ProbabilisticTensorDictModule,
     _upstream.ProbabilisticTensorDictSequential,
 )
+
+
+def _as(kind: InteractionType | None, module: Any) -> dict[str, Any]:
+    """The keyword that says a call's interaction type to one of fastprob's modules.
+
+    The others find it in force, which in tensordict 0.14 holds for all threads alike.
+    """
+    if kind is None or not isinstance(
+        module, (ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential)
+    ):
+        return {}
+    return {"interaction_type": kind}
 
 
 def _takes(cls: type, name: str) -> bool:
@@ -202,18 +214,18 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
         if tensordict_out is not None or kwargs:
             part = self.det_part
             assert part is not None
-            if interaction_type() is not None:
+            if current_type() is not None:
                 return part(tensordict, tensordict_out, **kwargs)
-            with set_interaction_type(self._default_type()):
+            with in_this_thread(self._default_type()):
                 return part(tensordict, tensordict_out, **kwargs)
-        if interaction_type() is not None:
+        if current_type() is not None:
             return self._run_det(tensordict)
-        with set_interaction_type(self._default_type()):
+        with in_this_thread(self._default_type()):
             return self._run_det(tensordict)
 
-    def _run_det(self, tensordict: Any) -> Any:
+    def _run_det(self, tensordict: Any, kind: Any = None) -> Any:
         for module in self._plan()[0][:-1]:
-            tensordict = self._run_one(module, tensordict)
+            tensordict = self._run_one(module, tensordict, **_as(kind, module))
         return tensordict
 
     def _run_one(self, module: Any, tensordict: Any, **kwargs: Any) -> Any:
@@ -280,7 +292,7 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
 
     def _sampled(self, module: Any, dist: D.Distribution, current: Any) -> Any:
         """`current` with a sample of an intermediate distribution, for the modules after it."""
-        interaction = interaction_type()
+        interaction = current_type()
         if interaction is None:
             interaction = module.default_interaction_type
         shape = module.num_samples or EMPTY
@@ -351,13 +363,15 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs all modules.
 
-        Signature: `forward(tensordict, tensordict_out=None, **kwargs)`. Also callable with the
-        inputs themselves, as keywords or in the order of `in_keys`.
+        Signature: `forward(tensordict, tensordict_out=None, *, interaction_type=None, **kwargs)`.
+        Also callable with the inputs themselves, as keywords or in the order of `in_keys`.
 
         Args:
             *args: the input tensordict, to which the results are written, and where they are
                 written instead.
-            **kwargs: handed to the modules that are not probabilistic, with `return_composite`.
+            **kwargs: `interaction_type`, how values are taken in this call, whatever
+                `set_interaction_type` and the modules' defaults say; the others are handed to the
+                modules that are not probabilistic, with `return_composite`.
 
         Returns:
             the tensordict that was written to.
@@ -369,8 +383,22 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
             return self._call(**kwargs)
         return self._dispatched(*args, **kwargs)
 
-    def _call(self, tensordict: Any, tensordict_out: Any = None, **kwargs: Any) -> Any:
-        if skip_existing._mode and can_skip(self, tensordict):
+    def _call(
+        self,
+        tensordict: Any,
+        tensordict_out: Any = None,
+        *,
+        interaction_type: InteractionType | str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if interaction_type is None:
+            return self._run(tensordict, tensordict_out, None, kwargs)
+        kind = read_type(interaction_type, "interaction_type")
+        with in_this_thread(kind):
+            return self._run(tensordict, tensordict_out, kind, kwargs)
+
+    def _run(self, tensordict: Any, tensordict_out: Any, kind: Any, kwargs: dict[str, Any]) -> Any:
+        if skips_existing() and can_skip(self, tensordict):
             return tensordict
         current = tensordict
         if tensordict_out is not None or self._select_before_return:
@@ -382,14 +410,19 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
         if self.return_composite:
             for module in modules:
                 if isinstance(module, _upstream.ProbabilisticTensorDictModule):
-                    current = self._run_one(module, current, _requires_sample=sample)
+                    current = self._run_one(
+                        module, current, _requires_sample=sample, **_as(kind, module)
+                    )
                 else:
-                    current = self._run_one(module, current, **kwargs)
+                    current = self._run_one(module, current, **kwargs, **_as(kind, module))
         else:
-            current = self.get_dist_params(current, **kwargs)
+            if kind is None or kwargs:
+                current = self.get_dist_params(current, **kwargs)
+            else:
+                current = self._run_det(current, kind)
             # Said only where it is not the default: a sequence of upstream's does not take it.
             only_score = {} if sample else {"_requires_sample": False}
-            current = self._run_one(modules[-1], current, **only_score)
+            current = self._run_one(modules[-1], current, **only_score, **_as(kind, modules[-1]))
         if self.inplace is True:
             tensordict_out = tensordict
         elif self.inplace is False:
