@@ -91,7 +91,7 @@ def exp(x, FAST: tl.constexpr):
 
 @triton.jit
 def with_sign(size, x):
-    """`size`, which is not negative, with the sign of x: one instruction, a comparison takes two."""
+    """`size`, 0 or above, with the sign of x: one instruction, where a comparison takes two."""
     sign = x.to(tl.int32, bitcast=True) & -2147483648
     return (size.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
@@ -124,8 +124,8 @@ def abs_tanh(x, t, q):
 def atanh(y, FAST: tl.constexpr):
     """The inverse of tanh, for |y| < 1.
 
-    Below 0.4 by a polynomial, fitted to a relative error of 3.3e-8; beyond, both logarithms are of
-    the order of 0.3 or more, and their errors of 2^-22 are as small as the rounding.
+    Below 0.4 by a polynomial, fitted to a relative error of 3.3e-8; beyond, the
+    logarithms differ by 1.2 or more, and errors of 2^-22 are as small as the rounding.
     """
     u = y * y
     near = y + y * (u * (0.33332714 + u * (0.20036444 + u * (0.13627383 + u * 0.15631629))))
