@@ -29,8 +29,14 @@ class _BetaBase(Fused):
     _ndims: int
     has_rsample = True
 
+    @property
+    def _kind(self) -> tuple:
+        return "unit", self.concentration1.dtype
+
     def _draw(self, shape, generator, score, pathwise):
         a, b = self.concentration1, self.concentration0
+        if score and (pathwise or not torch.is_grad_enabled()):
+            return ops.sample_score(a, b, shape, generator, self._ndims)
         if pathwise or not torch.is_grad_enabled():
             value = ops.sample(a, b, shape, generator)
         else:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastprob import rng
 from fastprob.ops._autograd import over_event, sum_to, wants_function
 from fastprob.reference import beta as reference
+from fastprob.reference._reduce import plain_tensors_only
 
 mean = reference.mean
 median = reference.median
@@ -121,6 +122,28 @@ def sample(a: Tensor, b: Tensor, shape: torch.Size, generator: torch.Generator |
         by_a, by_b = _slopes(parts.detach(), concentration.detach())
         value = value.detach() + by_a * (a - a.detach()) + by_b * (b - b.detach())
     return value
+
+
+def sample_score(
+    a: Tensor, b: Tensor, shape: torch.Size, generator: torch.Generator | None, ndims: int
+) -> tuple[Tensor, Tensor]:
+    """Value `[*shape, *batch, *event]` and log-density `[*shape, *batch]` of one draw."""
+    if (
+        type(a) is not Tensor
+        or type(b) is not Tensor
+        or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+        or not plain_tensors_only()
+    ):
+        value = sample(a, b, shape, generator)
+        return value, log_prob(a, b, value, ndims)
+    # In the sampler's own two tensors: 38 us at 16 x 8, of which the sampler takes 17, where one
+    # function after the other takes 50.
+    concentration = torch.stack((a, b), -1)
+    wide = concentration.expand(shape + concentration.shape) if shape else concentration
+    parts = rng.dirichlet(wide, generator)
+    value = parts.select(-1, 0)
+    norm = torch.add(a, b).lgamma_()
+    return value, reference.score_draw(value, parts, concentration, norm, ndims)
 
 
 def log_prob(a: Tensor, b: Tensor, value: Tensor, ndims: int) -> Tensor:

@@ -84,10 +84,12 @@ class Clamp:
     The shape of the value is not looked at.
     """
 
-    __slots__ = ("_plain", "dtype", "high", "low")
+    __slots__ = ("_plain", "covers", "dtype", "high", "low")
 
     def __init__(self, low: float, high: float, dtype: torch.dtype):
         self.low, self.high, self.dtype = low, high, dtype
+        # Numbers from 0 to 1 of the same type are members already.
+        self.covers = ("unit", dtype) if low <= 0 and high >= 1 else None
         self._plain = None if dtype is torch.bool else dtype  # what torch.clamp does by itself
 
     def __call__(self, value: Tensor) -> Tensor:

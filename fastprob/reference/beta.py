@@ -15,6 +15,9 @@ from torch import Tensor
 
 from fastprob.reference._reduce import sum_rightmost
 
+# A number in its place is wrapped anew in each call: 1.6 us of 2.7 at 16 x 8.
+_ONE = torch.ones((), device="cpu")
+
 
 def log_beta(a: Tensor, b: Tensor) -> Tensor:
     """`log B(a, b)`."""
@@ -31,6 +34,36 @@ def log_prob(
     # xlogy: at the ends, where the logarithm is infinite, a concentration of 1 still gives 0.
     energy = torch.xlogy(a - 1.0, value) + torch.special.xlog1py(b - 1.0, -value)
     return sum_rightmost(energy - log_beta(a, b), ndims)
+
+
+def score_draw(
+    value: Tensor,  # [*sample, *batch, *event]
+    parts: Tensor,  # [*sample, *batch, *event, 2]
+    concentration: Tensor,  # [*batch, *event, 2]
+    norm: Tensor,  # [*batch, *event]
+    ndims: int,
+) -> Tensor:  # [*sample, *batch]
+    """Log-density of a draw x, in 9 operations where `log_prob` takes 13. Not for autograd.
+
+    ATen keeps a draw away from 0 and 1, so that logarithms are finite and need no care.
+
+    Args:
+        value: x, the first of the parts.
+        parts: the Dirichlet's two, of which the second is overwritten.
+        concentration: a and b, overwritten as well.
+        norm: `log Gamma(a + b)`, overwritten as well.
+        ndims: number of event dimensions.
+    """
+    # Not the Dirichlet's own second part: x is what was drawn, and 1 - x as x is rounded.
+    torch.sub(_ONE, value, out=parts.select(-1, 1))
+    logs = torch.log(parts)
+    cost = torch.lgamma(concentration)
+    weights = concentration.sub_(_ONE)
+    if logs.ndim > cost.ndim:
+        total = norm - torch.addcmul(cost, weights, logs, value=-1).sum(-1)
+    else:
+        total = norm.sub_(cost.addcmul_(weights, logs, value=-1).sum(-1))
+    return sum_rightmost(total, ndims)
 
 
 def entropy(a: Tensor, b: Tensor, ndims: int) -> Tensor:

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from tensordict import TensorDict
 from torch import distributions as D
 
+from fastprob import SafeProbabilisticModule
 from fastprob import distributions as F
+from fastprob.specs import Bounded
 from tests.distributions._suite import Suite
 
 GRID = torch.tensor([0.01, 0.05, 0.3, 0.5, 1.0, 1.5, 2.0, 10.0, 100.0, 1e4], dtype=torch.float64)
@@ -96,6 +99,58 @@ class TestIndependentBeta(TestBeta):
 
     def upstream(self, params):
         return D.Independent(D.Beta(**params), 1)
+
+
+@pytest.mark.parametrize("sample", [(), (7,), (2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(40,), (0,), (5, 8)], ids=str)
+@pytest.mark.parametrize("ndims", [0, 1])
+@pytest.mark.parametrize("low", [0.02, 1.0, 300.0])
+def test_scored_draws(low, ndims, shape, sample):
+    """Without gradients: draws are torch's, scores as good as torch's of the same draw."""
+    a, b = (low * (1 + torch.rand(shape) * 9) for _ in range(2))
+    given = a.clone(), b.clone()
+    ours = F.recognize(D.Independent(F.Beta(a, b), ndims) if ndims else F.Beta(a, b))
+    theirs = D.Independent(D.Beta(a, b, False), ndims, validate_args=False)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        value, score = ours.sample_and_log_prob(sample)
+        torch.manual_seed(3)
+        assert torch.equal(value, theirs.sample(sample))
+    assert torch.equal(a, given[0]) and torch.equal(b, given[1])
+    assert score.shape == (*sample, *shape[: len(shape) - ndims])
+    double = D.Independent(D.Beta(a.double(), b.double(), False), ndims, validate_args=False)
+    exact = double.log_prob(value.double())
+    if score.numel():
+        # Half an epsilon of a sum of a few numbers, where torch happens to be exact.
+        least = torch.finfo(a.dtype).eps * exact.abs().max()
+        allowed = 2 * (theirs.log_prob(value) - exact).abs().max() + least
+        assert (score - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("high", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["random", "mode", "mean"])
+def test_projection_of_values_between_0_and_1(kind, dtype, high):
+    """A spec that holds all of them leaves them as they are, but for its type."""
+    spec = Bounded(0.0, high, shape=(4,), dtype=dtype)
+    names = ["concentration1", "concentration0"]
+    td = TensorDict({name: torch.rand(6, 4) * 3 + 0.5 for name in names}, [6])
+    results = []
+    for safe in (True, False):
+        module = SafeProbabilisticModule(
+            names,
+            ["action"],
+            spec,
+            safe=safe,
+            distribution_class=F.Beta,
+            default_interaction_type=kind,
+        )
+        torch.manual_seed(0)
+        results.append(module(td.copy())["action"])
+    projected, plain = results
+    assert plain.max() > 0.5
+    assert projected.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(projected, plain.clamp(0, high).to(dtype))
 
 
 def test_medians_of_all_sizes():
