@@ -1,0 +1,136 @@
+"""The specialisations of the Normal's kernels whose machine code is looked at."""
+
+from __future__ import annotations
+
+from fastprob.kernels import normal
+from fastprob.kernels._launch import FLAT_TILE, Grid, forward_grid
+from tests.kernels.machine import Case
+
+ROWS = 1 << 20
+
+
+def types(dtype: str) -> dict[str, str]:
+    """Types of the arguments of location-scale kernels whose floats are of `dtype`."""
+    floats = [
+        "loc", "scale", "value", "score", "entropy",
+        "grad_value", "grad_score", "grad_entropy", "grad_loc", "grad_scale",
+    ]  # fmt: skip
+    integers = [
+        "seed", "call", "total_rows", "total", "rows", "loc_row", "loc_column", "scale_row",
+        "scale_column", "value_row", "value_column",
+    ]  # fmt: skip
+    return {
+        **dict.fromkeys(floats, f"*{dtype}"),
+        **dict.fromkeys(integers, "i64"),
+        **dict.fromkeys(("state", "used"), "*i64"),
+        **dict.fromkeys(("low", "high"), "*fp32"),
+        **dict.fromkeys(("lo", "hi"), "fp32"),
+        "ticket": "*i32",
+    }
+
+
+def tiling(grid: Grid, a: int) -> dict[str, int | bool]:
+    """The constants of a forward pass over rows of `a`."""
+    return {
+        "A": a, "COUNT": grid.count, "TILE": grid.tile, "ROWS": grid.rows, "OWN": grid.own,
+        "GATHER": grid.gather, "WIDE": grid.wide,
+    }  # fmt: skip
+
+
+def _size(dtype: str) -> int:
+    return 4 if dtype == "fp32" else 2
+
+
+def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = False, **flags) -> Case:
+    grid = forward_grid(ROWS, a)
+    given = {
+        "RANDOM": True, "SCORE": True, "ENTROPY": False, "CLAMP": 0, "KEEP": False, **flags,
+    }  # fmt: skip
+    constants = {
+        **tiling(grid, a), **given, "LOC": 0, "SCALE": 0, "HOST": not given["RANDOM"],
+        "ADVANCE": given["RANDOM"], "FAST": True, "seed": None, "call": None,
+    }  # fmt: skip
+    wanted = {
+        "score": given["SCORE"], "entropy": given["ENTROPY"], "used": given["KEEP"],
+        "state": given["RANDOM"], "ticket": given["RANDOM"], "lo": given["CLAMP"] == 1,
+        "hi": given["CLAMP"] == 1, "low": given["CLAMP"] == 2, "high": given["CLAMP"] == 2,
+    }  # fmt: skip
+    constants.update(dict.fromkeys((n for n, needed in wanted.items() if not needed), None))
+    name = "-".join([f"draw-{a}-{dtype}", *(f"{k}={v}" for k, v in flags.items())])
+    moved = (3 + given["SCORE"] / a) * _size(dtype)
+    # A wide row is one program, chunk by chunk.
+    elements = grid.count if grid.wide else grid.tile
+    return Case(
+        f"normal-{name}", normal.draw_kernel, types(dtype), constants, grid.warps, elements,
+        moved, None if grid.wide else slots, vectors=given["CLAMP"] != 2 and not grid.wide,
+        everywhere=everywhere,
+    )  # fmt: skip
+
+
+def draw_backward(a: int, dtype: str, slots: float | None = None, everywhere: bool = False) -> Case:
+    count, warps = FLAT_TILE
+    constants = {
+        "A": a, "COUNT": count, "VALUE": 0, "LOC": 0, "SCALE": 0, "RANDOM": True, "PATHWISE": True,
+        "BY_VALUE": True, "BY_SCORE": True, "BY_ENTROPY": False, "CLAMP": 1, "FAST": True,
+        "grad_entropy": None, "low": None, "high": None,
+    }  # fmt: skip
+    return Case(
+        f"normal-draw-backward-{a}-{dtype}", normal.draw_backward_kernel, types(dtype), constants,
+        warps, count, (5 + 1 / a) * _size(dtype), slots, everywhere=everywhere,
+    )  # fmt: skip
+
+
+def score(
+    a: int, dtype: str, slots: float | None = None, everywhere: bool = False, entropy: bool = False
+) -> Case:
+    grid = forward_grid(ROWS, a)
+    constants = {
+        **tiling(grid, a), "LOC": 0, "SCALE": 0, "VALUE": 0, "SCORE": True, "ENTROPY": entropy,
+        "FAST": True, **({} if entropy else {"entropy": None}),
+    }  # fmt: skip
+    name = f"normal-score{'-entropy' if entropy else ''}-{a}-{dtype}"
+    return Case(
+        name, normal.score_kernel, types(dtype), constants, grid.warps, grid.tile,
+        (3 + (1 + entropy) / a) * _size(dtype), slots, everywhere=everywhere,
+    )  # fmt: skip
+
+
+def score_backward(
+    a: int, dtype: str, slots: float | None = None, everywhere: bool = False
+) -> Case:
+    count, warps = FLAT_TILE
+    constants = {
+        "A": a, "COUNT": count, "LOC": 0, "SCALE": 0, "VALUE": 0, "BY_SCORE": True,
+        "BY_ENTROPY": True, "TO_VALUE": False, "FAST": True, "grad_value": None,
+    }  # fmt: skip
+    return Case(
+        f"normal-score-backward-{a}-{dtype}", normal.score_backward_kernel, types(dtype),
+        constants, warps, count, (5 + 2 / a) * _size(dtype), slots, everywhere=everywhere,
+    )  # fmt: skip
+
+
+# KERNELS.md's limits: 35 for a draw, 47 where A is no power of two, 17 for a score, 37 backward.
+CASES = [
+    draw(8, "fp32", 35, everywhere=True),
+    draw(8, "bf16", 40),
+    draw(8, "fp32", 40, CLAMP=1, KEEP=True),
+    draw(8, "fp32", 40, CLAMP=2),
+    draw(8, "fp32", 9, RANDOM=False),
+    draw(64, "fp32", 35),
+    draw(1, "fp32", 35),
+    draw(17, "fp32", 47, everywhere=True),
+    draw(17, "bf16", 47),
+    draw(3, "fp32", 47),
+    draw(257, "fp32", 47),
+    draw(4096, "fp32"),
+    draw(1500, "fp32"),
+    draw_backward(8, "fp32", 37, everywhere=True),
+    draw_backward(8, "bf16", 46),
+    draw_backward(17, "fp32", 47),
+    score(8, "fp32", 17, everywhere=True),
+    score(8, "fp32", 17, entropy=True),
+    score(17, "fp32", 25, entropy=True),
+    score(8, "bf16", 19, entropy=True),
+    score_backward(8, "fp32", 25, everywhere=True),
+    score_backward(17, "fp32", 35),
+]

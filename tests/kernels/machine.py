@@ -1,0 +1,248 @@
+"""Kernels as machine code, on a machine without a GPU.
+
+A kernel is compiled ahead of time for a target. For NVIDIA's the assembler and the disassembler
+that Triton's package carries tell registers, spills, vector widths and instructions. An issue slot
+is an instruction that a warp issues on the shortest way from the entry to the exit, so that slow
+paths do not count; slots are given for each element.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import heapq
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+AMD = ("gfx942",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation of a kernel.
+
+    Attributes:
+        name: what the tests call it.
+        kernel: the `triton.jit` function.
+        types: types of its arguments, `"*fp32"` or `"i64"`; constants and None are left out.
+        constants: its constexpr arguments, and None for pointers that are not given.
+        warps: warps of a program.
+        elements: elements that a program handles.
+        bytes: bytes that must move for each element.
+        slots: most issue slots for each element on sm_90, None where nothing is demanded.
+        vectors: whether every load and store of a tile must be one of 128 bits.
+        everywhere: whether it is compiled for every target, not for sm_90 alone.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    elements: int
+    bytes: float
+    slots: float | None = None
+    vectors: bool = True
+    everywhere: bool = False
+
+
+@dataclass(frozen=True)
+class Code:
+    """What a compiled kernel is made of.
+
+    Attributes:
+        registers: of a thread.
+        stack: bytes of a thread's stack frame.
+        local: bytes of its local memory, which is where registers are spilled.
+        slots: issue slots of a warp on the shortest way.
+        pipes: cycles that the shortest way keeps each pipe of a Hopper multiprocessor busy.
+        widths: how many loads and stores of each width lie on the shortest way.
+    """
+
+    registers: int
+    stack: int
+    local: int
+    slots: int
+    pipes: dict[str, float]
+    widths: collections.Counter = field(default_factory=collections.Counter)
+
+
+def compiled(case: Case, target: str) -> Any:
+    """The kernel compiled for `"sm_90"`, `"gfx942"` and the like; pointers are aligned to 16."""
+    constants = dict(case.constants)
+    if target in AMD and "FAST" in constants:
+        constants["FAST"] = False
+    names = case.kernel.arg_names
+    signature = {n: "constexpr" if n in constants else case.types[n] for n in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
+    }
+    source = ASTSource(case.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    if target in AMD:
+        gpu = GPUTarget("hip", target, 64)
+    else:
+        gpu = GPUTarget("cuda", int(target[3:]), 32)
+    return triton.compile(source, target=gpu, options={"num_warps": case.warps})
+
+
+@functools.cache
+def _tool(name: str) -> str:
+    path = BINARIES / name
+    assert path.exists(), f"triton's package carries no {name}"
+    return str(path)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    done = subprocess.run([_tool(tool), *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def read(binary: Any) -> Code:
+    """Reads a kernel compiled for one of NVIDIA's targets."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        listing = _run("cuobjdump", "-sass", file.name)
+    used = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    instructions = [
+        (int(address, 16), text.strip())
+        for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);\s+/\*", listing)
+    ]
+    way = shortest_way(instructions)
+    return Code(
+        registers=used["REG"],
+        stack=used["STACK"],
+        local=used["LOCAL"],
+        slots=len(way),
+        pipes=pipe_cycles(way),
+        widths=collections.Counter(w for w in map(_width, way) if w),
+    )
+
+
+def amd_spills(binary: Any) -> int:
+    """Registers that a kernel compiled for AMD spills, and bytes of its stack."""
+    text = binary.asm["amdgcn"]
+    names = ("sgpr_spill_count", "vgpr_spill_count", "private_segment_fixed_size")
+    return sum(int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in names)
+
+
+def _split(text: str) -> tuple[str | None, str]:
+    """The predicate of an instruction, and its opcode."""
+    guarded = re.match(r"@(!?U?P\w+)\s+(.*)", text)
+    predicate, rest = guarded.groups() if guarded else (None, text)
+    return predicate, rest.split()[0]
+
+
+def shortest_way(instructions: list[tuple[int, str]]) -> list[str]:
+    """The fewest instructions from the entry to an exit, by Dijkstra 1959."""
+    index = {address: i for i, (address, _) in enumerate(instructions)}
+
+    def successors(i: int) -> list[int] | None:
+        text = instructions[i][1]
+        predicate, opcode = _split(text)
+        name = opcode.split(".")[0]
+        if name in ("EXIT", "RET"):
+            return None if predicate is None else [i + 1]
+        if name != "BRA":
+            return [i + 1]
+        found = re.search(r"(0x[0-9a-f]+)", text)
+        target = index.get(int(found[1], 16)) if found else None
+        # A branch may carry its condition as an operand.
+        always = predicate is None and not re.search(r"\bU?P\d", text)
+        taken = [] if target is None else [target]
+        return taken if always else [*taken, i + 1]
+
+    steps, before, queue = {0: 0}, {}, [(0, 0)]
+    end = None
+    while queue:
+        count, i = heapq.heappop(queue)
+        if count > steps[i]:
+            continue
+        after = successors(i)
+        if after is None:
+            end = i
+            break
+        for j in after:
+            if j < len(instructions) and count + 1 < steps.get(j, count + 2):
+                steps[j], before[j] = count + 1, i
+                heapq.heappush(queue, (count + 1, j))
+    assert end is not None, "no way leads to an exit"
+    way = [end]
+    while way[-1] in before:
+        way.append(before[way[-1]])
+    return [instructions[i][1] for i in reversed(way)]
+
+
+def _width(text: str) -> str | None:
+    """`"LDG.128"` and the like for a global load or store."""
+    opcode = _split(text)[1].split(".")
+    if opcode[0] not in ("LDG", "STG"):
+        return None
+    widths = [part for part in opcode if part in ("256", "128", "64", "U16", "S16", "U8", "S8")]
+    return f"{opcode[0]}.{widths[-1] if widths else '32'}"
+
+
+# Cycles that an instruction of a warp keeps a pipe of one of the four parts of a Hopper
+# multiprocessor busy: 32 threads over the results that the CUDA C++ programming guide gives for a
+# clock of the multiprocessor (throughput of arithmetic instructions, compute capability 9.0).
+_SPECIAL = {"MUFU", "I2F", "F2I", "POPC", "FLO", "BREV", "F2F", "FRND"}
+_FLOAT = {"FFMA", "FMUL", "FADD", "HFMA2", "HADD2", "HMUL2"}
+_MEMORY = {"LDG", "STG", "LDS", "STS", "SHFL", "LDC", "ATOMG", "ATOMS", "RED", "LDSM", "STSM"}
+_INTEGER = {
+    "SHF", "LEA", "LOP3", "IADD3", "ISETP", "FSETP", "SEL", "FSEL", "FMNMX", "IMNMX", "VIMNMX",
+    "PRMT", "MOV", "PLOP3", "IABS", "F2FP", "VIADD", "I2FP", "VIADDMNMX", "SGXT", "LOP",
+}  # fmt: skip
+
+
+def pipe_cycles(way: list[str]) -> dict[str, float]:
+    """Cycles that instructions keep the pipes busy; `"issue"` counts all of them."""
+    busy: collections.Counter = collections.Counter()
+    for text in way:
+        opcode = _split(text)[1]
+        name = opcode.split(".")[0]
+        busy["issue"] += 1
+        if name in _SPECIAL:
+            busy["special"] += 8
+        elif name == "IMAD":
+            # Integer products go through one half of the float pipe.
+            busy["heavy"] += 4 if ".WIDE" in opcode or ".HI" in opcode else 2
+        elif name in _FLOAT:
+            busy["float"] += 1
+        elif name in _MEMORY:
+            busy["memory"] += 4 if name == "SHFL" else 1
+        elif name in _INTEGER:
+            busy["integer"] += 2
+    float_pipe = max(busy["float"] + busy["heavy"] / 2, busy["heavy"])
+    return {
+        "issue": busy["issue"],
+        "integer": busy["integer"],
+        "float": float_pipe,
+        "special": busy["special"],
+        "memory": busy["memory"],
+    }
+
+
+# One H200: 132 multiprocessors of four parts at 1.98 GHz, and 4.3 TB/s for a copy.
+PARTS, CLOCK, BANDWIDTH = 132 * 4, 1.98e9, 4.3e12
+
+
+def roof(case: Case, code: Code) -> float:
+    """Time that memory takes over the time that the busiest pipe takes or memory, at most 1."""
+    computing = max(code.pipes.values()) * case.warps / case.elements / (PARTS * CLOCK)
+    return min(1.0, case.bytes / BANDWIDTH / computing)
+
+
+def slots_per_element(case: Case, code: Code) -> float:
+    """Issue slots for each element: those of a warp, over the elements of one of its threads."""
+    return code.slots * 32 * case.warps / case.elements

@@ -1,0 +1,81 @@
+"""The kernels as machine code: no spills, whole vectors, and no more instructions than planned.
+
+The limits are issue slots for each element, from the designs that the kernels follow. They are
+upper bounds; what a kernel takes is printed by `python -m tests.kernels.report`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from tests.kernels import machine
+
+HERE = Path(__file__).resolve().parent / "kernels"
+CASES = [
+    case
+    for path in sorted(HERE.glob("codegen_*.py"))
+    for case in importlib.import_module(f"tests.kernels.{path.stem}").CASES
+]
+
+
+def test_every_family_with_kernels_is_looked_at():
+    kernels = {p.stem for p in (HERE.parents[1] / "kernels").glob("[!_]*.py")}
+    assert {p.stem.removeprefix("codegen_") for p in HERE.glob("codegen_*.py")} == kernels
+
+
+def test_names_are_unique():
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_every_kernel_is_compiled_for_every_target():
+    assert {c.kernel.__name__ for c in CASES} == {c.kernel.__name__ for c in CASES if c.everywhere}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_sm_90(case):
+    code = machine.read(machine.compiled(case, "sm_90"))
+    assert (code.stack, code.local) == (0, 0)
+    if case.slots is not None:
+        assert machine.slots_per_element(case, code) <= case.slots
+    if case.vectors:
+        _check_vectors(case, code)
+
+
+def _check_vectors(case, code):
+    size = 2 if "bf16" in case.name or "fp16" in case.name else 4
+    # What a thread handles of a tile, in whole vectors.
+    per_thread = case.constants["COUNT"] * size // (32 * case.warps) // 16
+    assert code.widths["LDG.128"] >= per_thread
+    assert code.widths["STG.128"] >= per_thread
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.everywhere], ids=lambda case: case.name)
+def test_other_nvidia(case, target):
+    code = machine.read(machine.compiled(case, target))
+    assert (code.stack, code.local) == (0, 0)
+    if case.vectors:
+        _check_vectors(case, code)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.everywhere], ids=lambda case: case.name)
+def test_amd(case):
+    assert machine.amd_spills(machine.compiled(case, "gfx942")) == 0
+
+
+def test_the_shortest_way_leaves_out_a_slow_path():
+    way = machine.shortest_way(
+        [
+            (0x00, "MOV R1, R2"),
+            (0x10, "@!P0 BRA 0x50"),
+            (0x20, "FADD R1, R1, R1"),
+            (0x30, "FADD R1, R1, R1"),
+            (0x40, "BRA 0x50"),
+            (0x50, "STG.E.128 [R2], R4"),
+            (0x60, "EXIT"),
+        ]
+    )
+    assert [text.split()[0] for text in way] == ["MOV", "@!P0", "STG.E.128", "EXIT"]
