@@ -15,6 +15,7 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "README.md")
 
 from fastprob.accelerate import accelerate
 from fastprob.distributions import CompositeDistribution
+from fastprob.graphs import CudaGraphPolicy, CudaGraphStep, GraphError
 from fastprob.interaction import InteractionType, interaction_type, set_interaction_type
 from fastprob.modules import ProbabilisticTensorDictModule
 from fastprob.safe import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential
@@ -22,6 +23,9 @@ from fastprob.sequential import ProbabilisticTensorDictSequential
 
 __all__ = [
     "CompositeDistribution",
+    "CudaGraphPolicy",
+    "CudaGraphStep",
+    "GraphError",
     "InteractionType",
     "ProbabilisticTensorDictModule",
     "ProbabilisticTensorDictSequential",
