@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
+import torch
 from tensordict.nn import InteractionType, set_interaction_type
 from tensordict.nn import probabilistic as _upstream
 from tensordict.nn.probabilistic import interaction_type
@@ -32,10 +34,34 @@ if hasattr(_mode, "get_thread_mode"):
         return set_interaction_type(kind, thread_local=True)  # type: ignore[call-arg]
 
 else:
+    # tensordict 0.14 has one type for the whole process. Blocks of two threads that overlap would
+    # each put back what they have found, and leave the type of one of them behind for good.
+    _lock = threading.Lock()
+    _entered: list[Any] = []
+    _before: InteractionType | None = None
+
+    class _Block:
+        __slots__ = ("kind",)
+
+        def __init__(self, kind: InteractionType | None) -> None:
+            self.kind = kind
+
+        def __enter__(self) -> None:
+            global _before
+            with _lock:
+                if not _entered:
+                    _before = _mode._mode
+                _entered.append(self)
+                _mode._mode = self.kind
+
+        def __exit__(self, *_: Any) -> None:
+            with _lock:
+                _entered.remove(self)
+                _mode._mode = _entered[-1].kind if _entered else _before
 
     def in_this_thread(kind: InteractionType | None) -> Any:
-        """A block under an interaction type; tensordict 0.14 has one for the whole process."""
-        return set_interaction_type(kind)
+        """A block under an interaction type, which all threads see while it lasts."""
+        return set_interaction_type(kind) if torch.compiler.is_compiling() else _Block(kind)
 
     def current_type() -> InteractionType | None:
         """The interaction type in force, or None; without tensordict 0.14's lock (0.6 us)."""

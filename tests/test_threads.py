@@ -177,6 +177,38 @@ def test_threads_that_say_the_type_with_the_call_do_not_see_each_other(name):
         return run
 
     in_threads(ask("mode", True), ask("random", False))
+    assert fp.interaction_type() is None
+
+
+def test_overlapping_calls_leave_no_type_behind():
+    """The types of two calls that begin in one order and end in the same."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def first(x):
+        begun.wait(10)
+        return x
+
+    def second(x):
+        begun.set()
+        assert ended.wait(10)
+        return x
+
+    def call(net, kind):
+        def run():
+            seq = fp.ProbabilisticTensorDictSequential(
+                tdnn.TensorDictModule(net, ["loc"], ["loc"]), head(default_interaction_type=kind)
+            )
+            seq(normal_td(3), interaction_type=kind)
+            ended.set()
+
+        return run
+
+    for before in (None, MODE):
+        begun.clear()
+        ended.clear()
+        with fp.set_interaction_type(before):
+            in_threads(call(first, "random"), call(second, "mean"))
+            assert fp.interaction_type() is before
 
 
 if THREAD_LOCAL:
