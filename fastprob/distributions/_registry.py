@@ -110,6 +110,8 @@ def resolve(distribution_class: Any) -> Callable[..., Any]:
             f"name of one of fastprob's, got {distribution_class!r}"
         )
     if isinstance(distribution_class, type):
+        if issubclass(distribution_class, Fused):
+            return distribution_class
         same = _SAME.get(distribution_class)
         if same is None:
             path = f"{distribution_class.__module__}.{distribution_class.__qualname__}"

@@ -16,12 +16,19 @@ from torch import distributions as D
 from fastprob.distributions._any import take
 from fastprob.distributions._base import EMPTY, RANDOM, Fused
 
+_compiling = torch.compiler.is_compiling
+
 
 def sum_parts(parts: Iterable[Tensor], ndim: int) -> Tensor:
     """Sum of log-probabilities, each reduced to its first `ndim` dimensions."""
-    total: Any = 0.0
-    for part in parts:
-        total = total + (part.flatten(ndim).sum(-1) if part.ndim > ndim else part)
+    reduced = [part.flatten(ndim).sum(-1) if part.ndim > ndim else part for part in parts]
+    if len(reduced) < 2:
+        # A new tensor: nobody must find it changed with its only part.
+        return reduced[0] + 0.0 if reduced else 0.0  # type: ignore[return-value]
+    # Not from 0.0: adding a number to 16 others takes 2.7 us.
+    total = reduced[0] + reduced[1]
+    for part in reduced[2:]:
+        total = total + part
     return total
 
 
@@ -75,9 +82,13 @@ class CompositeDistribution(Fused, _Upstream):
         if extra_kwargs:
             extras = {unravel_key(k): v for k, v in extra_kwargs.items()}
         self.dists = {}
+        # 0.1 us in place of the 0.8 of get().
+        direct: Any = params._tensordict if type(params) is TensorDict and not _compiling() else {}
         for given, kind in distribution_map.items():
             name = given if type(given) is str else unravel_key(given)
-            own = params.get(name, None)
+            own = direct.get(name)
+            if type(own) is not TensorDict:
+                own = params.get(name, None)
             if own is None:
                 raise KeyError(
                     f"CompositeDistribution reads the parameters of {name!r}, but params has no "
@@ -119,15 +130,14 @@ class CompositeDistribution(Fused, _Upstream):
         values: dict[NestedKey, Any] = {}
         scores: dict[NestedKey, Any] = {}
         for name, dist in self.dists.items():
-            value, log_prob = take(
-                dist,
-                interaction,
-                shape,
-                generator,
-                score,
-                n_empirical_estimate,
-                pathwise=pathwise,
-            )
+            if isinstance(dist, Fused):
+                value, log_prob = dist.take(
+                    interaction, shape, generator, score, pathwise, n_empirical_estimate
+                )
+            else:
+                value, log_prob = take(
+                    dist, interaction, shape, generator, score, n_empirical_estimate, pathwise
+                )
             if isinstance(value, dict):
                 prefix = (name,) if isinstance(name, str) else name
                 values.update({unravel_key((*prefix, k)): v for k, v in value.items()})

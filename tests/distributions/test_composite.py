@@ -14,6 +14,7 @@ from torch import distributions as D
 
 from fastprob import distributions as F
 from fastprob.distributions._base import MEDIAN, MODE, RANDOM
+from fastprob.distributions.composite import sum_parts
 from tests.distributions._suite import BATCHES
 
 MAP = {
@@ -191,3 +192,9 @@ def test_missing_and_wrong_parameters():
     dist = F.CompositeDistribution(params(), MAP)
     with pytest.raises(KeyError, match=r"scores .*disc"):
         dist.score_parts(dist.sample().exclude("disc"))
+
+
+def test_the_sum_of_one_part_is_a_tensor_of_its_own():
+    part = torch.randn(3)
+    total = sum_parts([part], 1)
+    assert torch.equal(total, part) and total.data_ptr() != part.data_ptr()
