@@ -188,3 +188,18 @@ def launching(x: Tensor) -> Any:
 def tail(grad: Tensor | None) -> Tensor | None:
     """A gradient of rows as the kernels read it; sums hand on expanded ones, which are copied."""
     return None if grad is None else grad.contiguous()
+
+
+def gradients(shape: torch.Size, parameter: Tensor) -> Tensor:
+    """Memory for the gradient of a parameter at each of the samples, `[*shape, *parameter]`.
+
+    In fp32 where samples are to be summed: half precisions would be rounded twice.
+    """
+    dtype = torch.float32 if shape else parameter.dtype
+    return torch.empty(shape + parameter.shape, dtype=dtype, device=parameter.device)
+
+
+def fold(grad: Tensor, parameter: Tensor) -> Tensor:
+    """The sum over the samples, in the parameter's shape and dtype."""
+    samples = grad.dim() - parameter.dim()
+    return grad.sum(tuple(range(samples))).to(parameter.dtype) if samples else grad

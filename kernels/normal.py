@@ -35,7 +35,9 @@ from fastprob.kernels._launch import (
     event_numel,
     fast,
     flat_grid,
+    fold,
     forward_grid,
+    gradients,
     launching,
     parameter,
     tail,
@@ -158,7 +160,7 @@ def draw_kernel(
 @triton.jit
 def _draw_backward_tile(
     grad_value, grad_score, grad_entropy, loc, scale, grad_loc, grad_scale,
-    low, high, lo, hi, seed, call, start, left,
+    low, high, lo, hi, used, start, left,
     rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
     A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, LOC: tl.constexpr,
     SCALE: tl.constexpr, RANDOM: tl.constexpr, PATHWISE: tl.constexpr, BY_VALUE: tl.constexpr,
@@ -172,7 +174,7 @@ def _draw_backward_tile(
     )
     z = tl.zeros([COUNT], tl.float32)
     if RANDOM:
-        z = random.normals(seed, call, start, COUNT, FAST)
+        z = random.normals(tl.load(used), tl.load(used + 1), start, COUNT, FAST)
     by_loc = tl.zeros([COUNT], tl.float32)
     by_scale = tl.zeros([COUNT], tl.float32)
     if BY_VALUE and PATHWISE:
@@ -215,12 +217,10 @@ def draw_backward_kernel(
 ):  # fmt: skip
     """Gradients of COUNT elements, the noise drawn anew from the state that the draw has used."""
     start = tl.program_id(0).to(tl.int64) * COUNT
-    seed = tl.load(used)
-    call = tl.load(used + 1)
     if start + COUNT <= total:
         _draw_backward_tile(
             grad_value, grad_score, grad_entropy, loc, scale, grad_loc, grad_scale,
-            low, high, lo, hi, seed, call, start, COUNT,
+            low, high, lo, hi, used, start, COUNT,
             rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
             A, COUNT, VALUE, LOC, SCALE, RANDOM, PATHWISE, BY_VALUE, BY_SCORE, BY_ENTROPY, CLAMP,
             FAST, True,
@@ -228,7 +228,7 @@ def draw_backward_kernel(
     else:
         _draw_backward_tile(
             grad_value, grad_score, grad_entropy, loc, scale, grad_loc, grad_scale,
-            low, high, lo, hi, seed, call, start,
+            low, high, lo, hi, used, start,
             (total - start).to(tl.int32),
             rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
             A, COUNT, VALUE, LOC, SCALE, RANDOM, PATHWISE, BY_VALUE, BY_SCORE, BY_ENTROPY, CLAMP,
@@ -334,7 +334,7 @@ def _score_backward_tile(
         x = tile.load(
             value, start, i, inside, 0.0, rows, value_row, value_column, A, COUNT, VALUE, WHOLE
         )
-        z = (x - mu) * inverse
+        z = m.divide(x - mu, sigma, FAST)
         by_row = tile.of_rows(grad_score, start, i, inside, A, COUNT, WHOLE)
         by_loc = by_row * z * inverse
         rate = by_row * (z * z - 1.0)
@@ -449,7 +449,7 @@ def draw_backward(
     pathwise: bool = True,
     clamp: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `draw` by loc and scale, `[*sample, *batch, *event]`.
+    """The gradients of `draw` by loc and scale, `[*batch, *event]`.
 
     Args:
         grad_value: gradient of the value, None for none.
@@ -463,13 +463,11 @@ def draw_backward(
         pathwise: whether gradients flow through the value; if not, it is a constant.
         clamp: as in `draw`.
     """
-    full = shape + loc.shape
     a = event_numel(loc.shape, ndims)
-    grad_loc = torch.empty(full, dtype=loc.dtype, device=loc.device)
-    grad_scale = torch.empty(full, dtype=loc.dtype, device=loc.device)
+    grad_loc, grad_scale = gradients(shape, loc), gradients(shape, scale)
     total = grad_loc.numel()
     if total == 0:
-        return grad_loc, grad_scale
+        return torch.zeros_like(loc), torch.zeros_like(scale)
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
     upstream = parameter(grad_value if grad_value is not None else grad_loc, ndims, False)
@@ -486,7 +484,7 @@ def draw_backward(
             BY_SCORE=grad_score is not None, BY_ENTROPY=grad_entropy is not None,
             CLAMP=kind, FAST=fast(loc), num_warps=warps,
         )  # fmt: skip
-    return grad_loc, grad_scale
+    return fold(grad_loc, loc), fold(grad_scale, scale)
 
 
 def score(
@@ -549,7 +547,7 @@ def score_backward(
     *,
     to_value: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of `score` by loc, scale and value, `[*sample, *batch, *event]`.
+    """The gradients of `score` by loc, scale and value, of the shapes of these.
 
     Args:
         grad_score: gradient of the log-density, None for none.
@@ -560,19 +558,17 @@ def score_backward(
         ndims: as in `score`.
         to_value: whether the gradient of the value is wanted.
     """
-    full = loc.shape if value is None else value.shape
-    shape = full[: len(full) - loc.dim()]
+    shape = torch.Size() if value is None else value.shape[: value.dim() - loc.dim()]
     a = event_numel(loc.shape, ndims)
-    grad_loc = torch.empty(full, dtype=loc.dtype, device=loc.device)
-    grad_scale = torch.empty(full, dtype=loc.dtype, device=loc.device)
+    grad_loc, grad_scale = gradients(shape, loc), gradients(shape, scale)
     grad_value = (
-        torch.empty(full, dtype=value.dtype, device=loc.device)
+        torch.empty(value.shape, dtype=value.dtype, device=loc.device)
         if to_value and value is not None
         else None
     )
     total = grad_loc.numel()
     if total == 0:
-        return grad_loc, grad_scale, grad_value
+        return torch.zeros_like(loc), torch.zeros_like(scale), grad_value
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
     given = mu if value is None else parameter(value, ndims, False)
@@ -586,4 +582,4 @@ def score_backward(
             BY_SCORE=grad_score is not None, BY_ENTROPY=grad_entropy is not None,
             TO_VALUE=grad_value is not None, FAST=fast(loc), num_warps=warps,
         )  # fmt: skip
-    return grad_loc, grad_scale, grad_value
+    return fold(grad_loc, loc), fold(grad_scale, scale), grad_value

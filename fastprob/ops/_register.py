@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprob.ops._random import device_pair
+
 _library = torch.library.Library("fastprob", "FRAGMENT")
 
 
@@ -85,6 +87,10 @@ def _vmap_rule(name, operator, batched, out_dims, random):
                 "operation out of vmap"
             )
         if random and info.randomness == "same":
+            names = [a.name for a in operator._schema.arguments]
+            at = names.index("state")
+            if moved[at] is None:
+                moved[at] = device_pair(moved[0], None)
             return _same(info, moved, batched, operator, out_dims)
         return operator(*moved), out_dims(*moved)
 

@@ -28,7 +28,6 @@ from fastprob.ops._autograd import over_event, sum_to, wants_function
 from fastprob.ops._fused import (
     Bounds,
     bounds_of,
-    fold_samples,
     given,
     no_bounds,
     plain_eager,
@@ -287,8 +286,7 @@ class _Draw(torch.autograd.Function):
         made = backend.kernels("normal").draw_backward(
             *grads, loc, scale, used, ctx.shape, ctx.ndims, pathwise=ctx.pathwise, clamp=ctx.bounds
         )
-        grad_loc, grad_scale = fold_samples(made, len(ctx.shape))
-        return grad_loc, grad_scale, *(None,) * 7
+        return *made, *(None,) * 7
 
 
 class _ScoreGiven(torch.autograd.Function):
@@ -303,11 +301,10 @@ class _ScoreGiven(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         loc, scale, value = ctx.saved_tensors
-        *made, grad_value = backend.kernels("normal").score_backward(
+        made = backend.kernels("normal").score_backward(
             *grads, loc, scale, value, ctx.ndims, to_value=ctx.needs_input_grad[2]
         )
-        samples = 0 if value is None else value.dim() - loc.dim()
-        return *fold_samples(made, samples), grad_value, None, None
+        return *made, None, None
 
 
 def _score_and_entropy(loc, scale, value, ndims, memo) -> Any:
@@ -376,7 +373,7 @@ def _draw_gradient(ctx, grad_value, grad_score, grad_entropy, _):
         grad_entropy if ctx.entropy else None, loc, scale, used if ctx.random else None,
         ctx.sample, ctx.ndims, ctx.pathwise, ctx.limits, low, high,
     )  # fmt: skip
-    return *fold_samples(made, len(ctx.sample)), *(None,) * 10
+    return *made, *(None,) * 10
 
 
 def _draw_backward_op(
@@ -398,8 +395,7 @@ def _draw_backward_fake(
     grad_value, grad_score, grad_entropy, loc, scale, used, sample, ndims, pathwise, limits,
     low, high,
 ):  # fmt: skip
-    full = (*sample, *loc.shape)
-    return loc.new_empty(full), loc.new_empty(full)
+    return torch.empty_like(loc), torch.empty_like(scale)
 
 
 def _score_op(loc, scale, value, ndims, entropy):
@@ -436,12 +432,10 @@ def _score_setup(ctx, inputs, output):
 
 def _score_gradient(ctx, grad_score, grad_entropy):
     loc, scale, value = ctx.saved_tensors
-    grad_loc, grad_scale, grad_value = torch.ops.fastprob.normal_score_backward(
+    *made, grad_value = torch.ops.fastprob.normal_score_backward(
         grad_score if value is not None else None, grad_entropy if ctx.entropy else None,
         loc, scale, value, ctx.ndims, ctx.needs_input_grad[2],
     )  # fmt: skip
-    samples = 0 if value is None else value.dim() - loc.dim()
-    made = fold_samples((grad_loc, grad_scale), samples)
     return *made, grad_value if ctx.needs_input_grad[2] else None, None, None
 
 
@@ -457,10 +451,9 @@ def _score_backward_op(grad_score, grad_entropy, loc, scale, value, ndims, to_va
 
 
 def _score_backward_fake(grad_score, grad_entropy, loc, scale, value, ndims, to_value):
-    full = loc.shape if value is None else value.shape
     return (
-        loc.new_empty(full),
-        loc.new_empty(full),
+        torch.empty_like(loc),
+        torch.empty_like(scale),
         nothing(loc) if value is None else torch.empty_like(value) if to_value else nothing(value),
     )
 

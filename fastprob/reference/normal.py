@@ -187,7 +187,7 @@ def draw_backward(
     limits: Sequence[float] | None,
     low: Tensor | None,  # [*event]
     high: Tensor | None,  # [*event]
-) -> tuple[Tensor, Tensor]:  # [*sample, *batch, *event] both
+) -> tuple[Tensor, Tensor]:  # [*batch, *event] both
     """The gradients of `draw` by loc and scale, the noise drawn anew."""
     full = shape + loc.shape
     if state is None:
@@ -212,7 +212,7 @@ def draw_backward(
         rate = (_over_event(grad_entropy, ndims) / scale).expand(loc.shape)
         by_scale = by_scale.clone()
         by_scale.view(-1, *loc.shape)[0] += rate
-    return by_loc, by_scale
+    return _fold(by_loc, loc), _fold(by_scale, scale)
 
 
 def score_backward(
@@ -223,8 +223,8 @@ def score_backward(
     value: Tensor | None,  # [*sample, *batch, *event]
     ndims: int,
     to_value: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # [*sample, *batch, *event] each
-    """The gradients of `log_prob` and `entropy` by loc, scale and value."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of `log_prob` and `entropy` by loc, scale and value, of their shapes."""
     full = loc.shape if value is None else value.shape
     by_loc, by_scale = loc.new_zeros(full), loc.new_zeros(full)
     if grad_score is not None and value is not None:
@@ -238,7 +238,13 @@ def score_backward(
     grad_value = None
     if to_value and value is not None:
         grad_value = (-by_loc).to(value.dtype)
-    return by_loc, by_scale, grad_value
+    return _fold(by_loc, loc), _fold(by_scale, scale), grad_value
+
+
+def _fold(grad: Tensor, parameter: Tensor) -> Tensor:
+    """Summed over the sample dimensions."""
+    samples = grad.dim() - parameter.dim()
+    return grad.sum(tuple(range(samples))) if samples else grad
 
 
 def _over_event(grad: Tensor, ndims: int) -> Tensor:
