@@ -18,6 +18,7 @@ from fastprob.distributions import CompositeDistribution
 from fastprob.graphs import CudaGraphPolicy, CudaGraphStep, GraphError
 from fastprob.interaction import InteractionType, interaction_type, set_interaction_type
 from fastprob.modules import ProbabilisticTensorDictModule
+from fastprob.rollout import rollout
 from fastprob.safe import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential
 from fastprob.sequential import ProbabilisticTensorDictSequential
 
@@ -33,5 +34,6 @@ __all__ = [
     "SafeProbabilisticTensorDictSequential",
     "accelerate",
     "interaction_type",
+    "rollout",
     "set_interaction_type",
 ]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import tensordict
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +52,8 @@ def waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], device_type:
         kwargs: its keyword arguments.
         device_type: the kind of device that would be waited for.
     """
+    if device_type == "cpu" and _state.unlike_a_device:
+        return False
     name = func._schema.name
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     if not any(t.device.type == device_type for t in tensors):
@@ -100,6 +104,29 @@ def _where() -> str:
         if not file.startswith(_INSIDE):
             return f"{file}:{frame.f_lineno}, in {frame.f_code.co_name}"
     return "from the interpreter"
+
+
+class _State(threading.local):
+    unlike_a_device = False
+
+
+_state = _State()
+
+# On a CPU these look at their arguments' values, on a device they do not.
+_CHECKED_ON_CPU = frozenset({torch.nn.functional.one_hot})
+
+
+class AsOnADevice(TorchFunctionMode):
+    """Lets functions pass whose values only a CPU looks at, so that it can stand in for a GPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func not in _CHECKED_ON_CPU:
+            return func(*args, **(kwargs or {}))
+        before, _state.unlike_a_device = _state.unlike_a_device, True
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            _state.unlike_a_device = before
 
 
 class Probe(TorchDispatchMode):

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastprob.graphs._backend import Graph, Result
-from fastprob.graphs._probe import refuse, waits
+from fastprob.graphs._probe import AsOnADevice, refuse, waits
 
 _FACTORIES_OF_NOTHING = ("aten::empty", "aten::new_empty")
 
@@ -176,7 +176,7 @@ class RecordingBackend:
     ) -> tuple[Graph, Result]:
         tape = _Tape([*self.default_generators(), *generators])
         try:
-            with _without_compiler(), tape:
+            with _without_compiler(), AsOnADevice(), tape:
                 result = run()
         finally:
             with torch.no_grad():

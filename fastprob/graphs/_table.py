@@ -19,7 +19,7 @@ from torch import distributions as D
 from fastprob import backend as _kernels
 from fastprob.graphs._backend import Backend, CudaBackend, Graph, Result
 from fastprob.graphs._errors import GraphError
-from fastprob.graphs._probe import Probe
+from fastprob.graphs._probe import AsOnADevice, Probe
 from fastprob.interaction import current_type
 from fastprob.io import skips_existing
 from fastprob.keys import aggregate_mode
@@ -340,7 +340,7 @@ def probed(run: Callable[[], Result], device_type: str) -> tuple[Result, GraphEr
     eager: Any = contextlib.nullcontext()
     if "torch._dynamo" in sys.modules:
         eager = torch.compiler.set_stance("force_eager")
-    with eager, Probe(device_type) as probe:
+    with eager, AsOnADevice(), Probe(device_type) as probe:
         result = run()
     return result, probe.found
 

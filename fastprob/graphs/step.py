@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -246,7 +247,10 @@ class CudaGraphStep:
         self._settings.clear()
 
     def _name(self) -> str:
-        return getattr(self.function, "__name__", None) or type(self.function).__name__
+        function = self.function
+        while isinstance(function, functools.partial):
+            function = function.func
+        return getattr(function, "__name__", None) or type(function).__name__
 
     def _eager(self, entry: Entry, given: Any) -> Any:
         """One of the first calls: the function itself, where and how it will be captured."""
