@@ -52,6 +52,11 @@ COMMANDS: dict[str, Command] = {
         "times of single module calls, upstream beside fastprob",
         options.add_calls_arguments,
     ),
+    "loops": Command(
+        "bench.loops.compare",
+        "three training loops, upstream beside fastprob",
+        options.add_loops_arguments,
+    ),
 }
 
 

@@ -67,6 +67,17 @@ def add_calls_arguments(parser: argparse.ArgumentParser) -> None:
     _add_out(parser, "folder of the JSON")
 
 
+def add_loops_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``loops``."""
+    add_common_arguments(parser)
+    parser.add_argument("--loop", action="append", metavar="NAME", help="only this loop")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
+    parser.add_argument("--seeds", type=int, help="seeds a side (default: 3, with --quick 1)")
+    parser.add_argument("--compile", action="store_true", help="compile policies and losses")
+    parser.add_argument("--cudagraphs", action="store_true", help="capture policies and updates")
+    _add_device(parser)
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """What every command has: ``--quick``, ``--threads`` and ``--out``."""
     parser.add_argument("--quick", action="store_true", help="shortened for CI, nothing written")

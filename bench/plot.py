@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+STYLES = {"upstream": ("tab:gray", "-"), "fastprob": ("tab:blue", "--")}
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # No pyplot: it would pick a backend, and keep the figure alive.
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
 
 
 def learning_curves(path: Path, returns: dict[str, list[list[float]]], frames: int) -> Path:
@@ -14,16 +35,10 @@ def learning_curves(path: Path, returns: dict[str, list[list[float]]], frames: i
         returns: per implementation and seed, the mean return of each iteration.
         frames: environment steps per iteration.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # No pyplot: it would pick a backend, and keep the figure alive.
-    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(7, 4.2)
     axes = figure.add_subplot()
-    styles = {"upstream": ("tab:gray", "-"), "fastprob": ("tab:blue", "--")}
     for name, runs in returns.items():
-        color, line = styles[name]
+        color, line = STYLES[name]
         steps = [frames * (i + 1) for i in range(len(runs[0]))]
         for run in runs:
             axes.plot(steps, run, color=color, linestyle=line, linewidth=0.8, alpha=0.5)
@@ -33,6 +48,33 @@ def learning_curves(path: Path, returns: dict[str, list[list[float]]], frames: i
     axes.set(xlabel="environment steps", ylabel="mean return", title="PPO on Pendulum-v1")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return _save(figure, path)
+
+
+def loop_curves(
+    path: Path,
+    curves: Mapping[str, Mapping[str, Sequence[tuple[Sequence[int], Sequence[float]]]]],
+    goals: Mapping[str, float],
+) -> Path:
+    """Draws a panel for each loop: the mean return over environment steps, a line per seed.
+
+    Args:
+        path: where the PNG is written; its folder is made.
+        curves: per loop and implementation, each seed's steps and returns.
+        goals: per loop; drawn where finite.
+    """
+    figure = _figure(4 * len(curves), 3.6)
+    for axes, (loop, sides) in zip(
+        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
+    ):
+        for side, runs in sides.items():
+            color, line = STYLES[side]
+            for i, (steps, values) in enumerate(runs):
+                label = side if i == 0 else None
+                axes.plot(steps, values, color=color, linestyle=line, linewidth=1.2, label=label)
+        if math.isfinite(goals[loop]):
+            axes.axhline(goals[loop], color="tab:green", linewidth=0.8, label="goal")
+        axes.set(xlabel="environment steps", ylabel="mean return", title=loop)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+    return _save(figure, path)
