@@ -133,6 +133,11 @@ def parameter(x: Tensor, ndims: int, repeated: bool) -> Parameter:
     return Parameter(x, layout, row, column)
 
 
+def strided_rows(stride: int) -> tuple[int, int]:
+    """Layout and row stride of rows that lie `stride` apart, their columns side by side."""
+    return (STRIDED + 4, stride // 4) if stride % 8 == 0 else (STRIDED, stride)
+
+
 def event_numel(shape: torch.Size, ndims: int) -> int:
     """Number of elements of the last `ndims` dimensions of `shape`."""
     n = 1
@@ -158,6 +163,30 @@ class State(NamedTuple):
 
 
 NO_STATE = State(None)
+
+
+class Mapping(NamedTuple):
+    """How a raw value becomes a scale, see `_scale`.
+
+    Attributes:
+        kind: 0 for not at all, 1 for softplus, 2 for exp.
+        bias: added to the raw value of a softplus.
+        least: added to a softplus.
+        floor: lower bound of the scale.
+    """
+
+    kind: int = 0
+    bias: float = 0.0
+    least: float = 0.0
+    floor: float = 0.0
+
+    @property
+    def numbers(self) -> tuple[float | None, ...]:
+        """The last three as a kernel reads them; None where it does not."""
+        return (self.bias, self.least, self.floor) if self.kind else (None, None, None)
+
+
+NO_MAPPING = Mapping()
 
 
 def bounds_of(clamp: Any) -> tuple[int, float | None, float | None, Any, Any]:

@@ -156,6 +156,20 @@ def store(ptr, start, x, i, inside, COUNT: tl.constexpr, TILE: tl.constexpr, WHO
 
 
 @triton.jit
+def store_at(
+    ptr, start, x, i, inside, rows, row_stride,
+    A: tl.constexpr, COUNT: tl.constexpr, LAYOUT: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Stores a tile where `pointers` says, in columns side by side."""
+    at = pointers(ptr, start, i, rows, row_stride, 1, A, COUNT, LAYOUT)
+    x = x.to(ptr.dtype.element_ty)
+    if WHOLE:
+        tl.store(at, x)
+    else:
+        tl.store(at, x, mask=inside)
+
+
+@triton.jit
 def store_rows(
     ptr, first, x, total_rows, ROWS: tl.constexpr, OWN: tl.constexpr, WHOLE: tl.constexpr
 ):

@@ -29,7 +29,10 @@ from fastprob.kernels import _math as m
 from fastprob.kernels import _random as random
 from fastprob.kernels import _tile as tile
 from fastprob.kernels._launch import (
+    FLAT,
+    NO_MAPPING,
     NO_STATE,
+    Mapping,
     State,
     bounds_of,
     event_numel,
@@ -40,17 +43,19 @@ from fastprob.kernels._launch import (
     gradients,
     launching,
     parameter,
+    strided_rows,
     tail,
 )
+from fastprob.kernels._scale import positive, slope
 
 
 @triton.jit
 def _draw_tile(
-    loc, scale, value, low, high, lo, hi, seed, call, start, skip, left,
-    rows, loc_row, loc_column, scale_row, scale_column,
+    loc, scale, value, mapped, low, high, lo, hi, bias, least, floor, seed, call, start, skip,
+    left, rows, loc_row, loc_column, scale_row, scale_column,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, LOC: tl.constexpr,
     SCALE: tl.constexpr, RANDOM: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr,
-    CLAMP: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr,
+    CLAMP: tl.constexpr, MAP: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Writes the values of one tile; gives z^2 / 2 + log(scale) and log(scale), 0 outside."""
     i = tl.arange(0, COUNT)
@@ -59,6 +64,11 @@ def _draw_tile(
     sigma = tile.load(
         scale, start, i, inside, 1.0, rows, scale_row, scale_column, A, COUNT, SCALE, WHOLE
     )
+    if MAP:
+        sigma = positive(sigma, bias, least, floor, MAP, FAST)
+        tile.store(mapped, start, sigma, i, inside, COUNT, TILE, WHOLE)
+        if not WHOLE:
+            sigma = tl.where(inside, sigma, 1.0)
     z = tl.zeros([COUNT], tl.float32)
     x = mu
     if RANDOM:
@@ -97,13 +107,13 @@ def _store_sums(
 
 @triton.jit(do_not_specialize=["seed", "call", "total_rows", "rows"])
 def draw_kernel(
-    loc, scale, value, score, entropy, low, high, lo, hi, state, used, ticket, seed, call,
-    total_rows, rows, loc_row, loc_column, scale_row, scale_column,
+    loc, scale, value, score, entropy, mapped, low, high, lo, hi, bias, least, floor,
+    state, used, ticket, seed, call, total_rows, rows, loc_row, loc_column, scale_row, scale_column,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
     OWN: tl.constexpr, GATHER: tl.constexpr, WIDE: tl.constexpr, LOC: tl.constexpr,
     SCALE: tl.constexpr, RANDOM: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr,
-    CLAMP: tl.constexpr, HOST: tl.constexpr, ADVANCE: tl.constexpr, KEEP: tl.constexpr,
-    FAST: tl.constexpr,
+    CLAMP: tl.constexpr, MAP: tl.constexpr, HOST: tl.constexpr, ADVANCE: tl.constexpr,
+    KEEP: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Values, scores and entropies of OWN rows; of one row, chunk by chunk, where WIDE."""
     program = tl.program_id(0).to(tl.int64)
@@ -118,9 +128,11 @@ def draw_kernel(
         for chunk in range(0, tile.span(A, COUNT), COUNT):
             skip = (begin - start - chunk).to(tl.int32)
             energy, log_sigma = _draw_tile(
-                loc, scale, value, low, high, lo, hi, seed, call, start + chunk, skip, skip + A,
+                loc, scale, value, mapped, low, high, lo, hi, bias, least, floor, seed, call,
+                start + chunk, skip, skip + A,
                 rows, loc_row, loc_column, scale_row, scale_column,
-                A, COUNT, COUNT, LOC, SCALE, RANDOM, SCORE, ENTROPY, CLAMP, FAST, A % COUNT == 0,
+                A, COUNT, COUNT, LOC, SCALE, RANDOM, SCORE, ENTROPY, CLAMP, MAP, FAST,
+                A % COUNT == 0,
             )  # fmt: skip
             energies += energy
             logs += log_sigma
@@ -134,9 +146,10 @@ def draw_kernel(
         end = total_rows * A
         if start + COUNT <= end:
             energy, log_sigma = _draw_tile(
-                loc, scale, value, low, high, lo, hi, seed, call, start, 0, COUNT,
-                rows, loc_row, loc_column, scale_row, scale_column,
-                A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, ENTROPY, CLAMP, FAST, True,
+                loc, scale, value, mapped, low, high, lo, hi, bias, least, floor, seed, call,
+                start, 0, COUNT, rows, loc_row, loc_column, scale_row, scale_column,
+                A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, ENTROPY, CLAMP, MAP, FAST,
+                True,
             )  # fmt: skip
             _store_sums(
                 score, entropy, energy, log_sigma, first, total_rows, rows,
@@ -144,10 +157,11 @@ def draw_kernel(
             )  # fmt: skip
         else:
             energy, log_sigma = _draw_tile(
-                loc, scale, value, low, high, lo, hi, seed, call, start, 0,
-                tl.minimum(end - start, TILE).to(tl.int32), rows,
+                loc, scale, value, mapped, low, high, lo, hi, bias, least, floor, seed, call,
+                start, 0, tl.minimum(end - start, TILE).to(tl.int32), rows,
                 loc_row, loc_column, scale_row, scale_column,
-                A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, ENTROPY, CLAMP, FAST, False,
+                A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, ENTROPY, CLAMP, MAP, FAST,
+                False,
             )  # fmt: skip
             _store_sums(
                 score, entropy, energy, log_sigma, first, total_rows, rows,
@@ -159,19 +173,22 @@ def draw_kernel(
 
 @triton.jit
 def _draw_backward_tile(
-    grad_value, grad_score, grad_entropy, loc, scale, grad_loc, grad_scale,
-    low, high, lo, hi, used, start, left,
-    rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
+    grad_value, grad_score, grad_entropy, grad_mapped, loc, scale, grad_loc, grad_scale,
+    low, high, lo, hi, bias, least, floor, used, start, left, rows, value_row, value_column,
+    loc_row, loc_column, scale_row, scale_column, mapped_row, mapped_column, out_row,
     A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, LOC: tl.constexpr,
     SCALE: tl.constexpr, RANDOM: tl.constexpr, PATHWISE: tl.constexpr, BY_VALUE: tl.constexpr,
-    BY_SCORE: tl.constexpr, BY_ENTROPY: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr,
-    WHOLE: tl.constexpr,
+    BY_SCORE: tl.constexpr, BY_ENTROPY: tl.constexpr, CLAMP: tl.constexpr, MAP: tl.constexpr,
+    MAPPED: tl.constexpr, OUT: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, COUNT)
     inside = i < left
     sigma = tile.load(
         scale, start, i, inside, 1.0, rows, scale_row, scale_column, A, COUNT, SCALE, WHOLE
     )
+    rise = sigma
+    if MAP:
+        sigma, rise = slope(sigma, bias, least, floor, MAP, FAST)
     z = tl.zeros([COUNT], tl.float32)
     if RANDOM:
         z = random.normals(tl.load(used), tl.load(used + 1), start, COUNT, FAST)
@@ -203,36 +220,46 @@ def _draw_backward_tile(
             # The entropy has no sample dimensions: its gradient goes to the first sample alone.
             rate += tile.of_first_rows(grad_entropy, start, i, inside, rows, A, COUNT, WHOLE)
         by_scale += rate * inverse
-    tile.store(grad_loc, start, by_loc, i, inside, COUNT, COUNT, WHOLE)
-    tile.store(grad_scale, start, by_scale, i, inside, COUNT, COUNT, WHOLE)
+    if MAP:
+        if MAPPED >= 0:
+            by_scale += tile.load(
+                grad_mapped, start, i, inside, 0.0, rows, mapped_row, mapped_column,
+                A, COUNT, MAPPED, WHOLE,
+            )  # fmt: skip
+        by_scale *= rise
+    tile.store_at(grad_loc, start, by_loc, i, inside, rows, out_row, A, COUNT, OUT, WHOLE)
+    tile.store_at(grad_scale, start, by_scale, i, inside, rows, out_row, A, COUNT, OUT, WHOLE)
 
 
 @triton.jit(do_not_specialize=["total", "rows"])
 def draw_backward_kernel(
-    grad_value, grad_score, grad_entropy, loc, scale, grad_loc, grad_scale, low, high, lo, hi,
-    used, total, rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
+    grad_value, grad_score, grad_entropy, grad_mapped, loc, scale, grad_loc, grad_scale,
+    low, high, lo, hi, bias, least, floor, used, total, rows, value_row, value_column,
+    loc_row, loc_column, scale_row, scale_column, mapped_row, mapped_column, out_row,
     A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, LOC: tl.constexpr,
     SCALE: tl.constexpr, RANDOM: tl.constexpr, PATHWISE: tl.constexpr, BY_VALUE: tl.constexpr,
-    BY_SCORE: tl.constexpr, BY_ENTROPY: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr,
+    BY_SCORE: tl.constexpr, BY_ENTROPY: tl.constexpr, CLAMP: tl.constexpr, MAP: tl.constexpr,
+    MAPPED: tl.constexpr, OUT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of COUNT elements, the noise drawn anew from the state that the draw has used."""
     start = tl.program_id(0).to(tl.int64) * COUNT
     if start + COUNT <= total:
         _draw_backward_tile(
-            grad_value, grad_score, grad_entropy, loc, scale, grad_loc, grad_scale,
-            low, high, lo, hi, used, start, COUNT,
-            rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
+            grad_value, grad_score, grad_entropy, grad_mapped, loc, scale, grad_loc, grad_scale,
+            low, high, lo, hi, bias, least, floor, used, start, COUNT, rows, value_row,
+            value_column, loc_row, loc_column, scale_row, scale_column, mapped_row,
+            mapped_column, out_row,
             A, COUNT, VALUE, LOC, SCALE, RANDOM, PATHWISE, BY_VALUE, BY_SCORE, BY_ENTROPY, CLAMP,
-            FAST, True,
+            MAP, MAPPED, OUT, FAST, True,
         )  # fmt: skip
     else:
         _draw_backward_tile(
-            grad_value, grad_score, grad_entropy, loc, scale, grad_loc, grad_scale,
-            low, high, lo, hi, used, start,
-            (total - start).to(tl.int32),
-            rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
+            grad_value, grad_score, grad_entropy, grad_mapped, loc, scale, grad_loc, grad_scale,
+            low, high, lo, hi, bias, least, floor, used, start, (total - start).to(tl.int32), rows,
+            value_row, value_column, loc_row, loc_column, scale_row, scale_column, mapped_row,
+            mapped_column, out_row,
             A, COUNT, VALUE, LOC, SCALE, RANDOM, PATHWISE, BY_VALUE, BY_SCORE, BY_ENTROPY, CLAMP,
-            FAST, False,
+            MAP, MAPPED, OUT, FAST, False,
         )  # fmt: skip
 
 
@@ -383,6 +410,8 @@ def draw(
     entropy: bool = False,
     clamp: Any = None,
     keep: bool = False,
+    raw: Mapping = NO_MAPPING,
+    mapped: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """A value, its score, the entropy and the state that was used, in one launch.
 
@@ -396,6 +425,8 @@ def draw(
         entropy: whether the entropy is wanted.
         clamp: the `Bounds` that the value is projected onto, after it was scored.
         keep: whether the backward pass needs the state.
+        raw: how the standard deviation is mapped from `scale`, if that is a raw value.
+        mapped: gets the standard deviation then, `[*batch, *event]`, contiguous; no samples.
 
     Returns:
         value `[*sample, *batch, *event]`, log-density `[*sample, *batch]`, entropy `[*batch]`, and
@@ -422,14 +453,13 @@ def draw(
     grid = forward_grid(total_rows, a)
     with launching(loc):
         draw_kernel[(grid.programs,)](
-            mu.tensor, sigma.tensor, value, scores, entropies,
-            low, high, lo, hi,
-            source.pair, used, source.ticket, source.seed, source.call,
+            mu.tensor, sigma.tensor, value, scores, entropies, mapped, low, high, lo, hi,
+            *raw.numbers, source.pair, used, source.ticket, source.seed, source.call,
             total_rows, rows, mu.row, mu.column, sigma.row, sigma.column,
             A=a, COUNT=grid.count, TILE=grid.tile, ROWS=grid.rows, OWN=grid.own,
             GATHER=grid.gather, WIDE=grid.wide, LOC=mu.layout, SCALE=sigma.layout,
             RANDOM=state is not None, SCORE=score, ENTROPY=entropy,
-            CLAMP=kind, HOST=source.pair is None,
+            CLAMP=kind, MAP=raw.kind, HOST=source.pair is None,
             ADVANCE=source.ticket is not None, KEEP=used is not None, FAST=fast(loc),
             num_warps=grid.warps,
         )  # fmt: skip
@@ -448,6 +478,9 @@ def draw_backward(
     *,
     pathwise: bool = True,
     clamp: Any = None,
+    raw: Mapping = NO_MAPPING,
+    grad_mapped: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `draw` by loc and scale, `[*batch, *event]`.
 
@@ -462,27 +495,37 @@ def draw_backward(
         ndims: as in `draw`.
         pathwise: whether gradients flow through the value; if not, it is a constant.
         clamp: as in `draw`.
+        raw: as in `draw`.
+        grad_mapped: gradient of the standard deviation itself, None for none.
+        into: `[*batch, 2 A]`, contiguous, gets both gradients side by side; no samples.
     """
     a = event_numel(loc.shape, ndims)
-    grad_loc, grad_scale = gradients(shape, loc), gradients(shape, scale)
+    out, out_row = FLAT, 0
+    if into is None:
+        grad_loc, grad_scale = gradients(shape, loc), gradients(shape, scale)
+    else:
+        grad_loc, grad_scale = into.chunk(2, -1)
+        out, out_row = strided_rows(2 * a)
     total = grad_loc.numel()
     if total == 0:
         return torch.zeros_like(loc), torch.zeros_like(scale)
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
-    upstream = parameter(grad_value if grad_value is not None else grad_loc, ndims, False)
+    upstream = parameter(grad_value if grad_value is not None else loc, ndims, False)
+    further = parameter(grad_mapped if grad_mapped is not None else loc, ndims, False)
     kind, lo, hi, low, high = bounds_of(clamp)
     programs, count, warps = flat_grid(total)
     with launching(loc):
         draw_backward_kernel[(programs,)](
-            upstream.tensor, tail(grad_score), tail(grad_entropy), mu.tensor, sigma.tensor,
-            grad_loc, grad_scale, low, high, lo, hi, used,
+            upstream.tensor, tail(grad_score), tail(grad_entropy), further.tensor, mu.tensor,
+            sigma.tensor, grad_loc, grad_scale, low, high, lo, hi, *raw.numbers, used,
             total, loc.numel() // a, upstream.row, upstream.column, mu.row, mu.column,
-            sigma.row, sigma.column,
+            sigma.row, sigma.column, further.row, further.column, out_row,
             A=a, COUNT=count, VALUE=upstream.layout, LOC=mu.layout, SCALE=sigma.layout,
             RANDOM=used is not None, PATHWISE=pathwise, BY_VALUE=grad_value is not None,
             BY_SCORE=grad_score is not None, BY_ENTROPY=grad_entropy is not None,
-            CLAMP=kind, FAST=fast(loc), num_warps=warps,
+            CLAMP=kind, MAP=raw.kind, MAPPED=further.layout if grad_mapped is not None else -1,
+            OUT=out, FAST=fast(loc), num_warps=warps,
         )  # fmt: skip
     return fold(grad_loc, loc), fold(grad_scale, scale)
 

@@ -13,18 +13,19 @@ def types(dtype: str) -> dict[str, str]:
     """Types of the arguments of location-scale kernels whose floats are of `dtype`."""
     floats = [
         "loc", "scale", "value", "score", "entropy",
-        "grad_value", "grad_score", "grad_entropy", "grad_loc", "grad_scale",
+        "grad_value", "grad_score", "grad_entropy", "grad_loc", "grad_scale", "grad_mapped",
+        "mapped",
     ]  # fmt: skip
     integers = [
         "seed", "call", "total_rows", "total", "rows", "loc_row", "loc_column", "scale_row",
-        "scale_column", "value_row", "value_column",
+        "scale_column", "value_row", "value_column", "mapped_row", "mapped_column", "out_row",
     ]  # fmt: skip
     return {
         **dict.fromkeys(floats, f"*{dtype}"),
         **dict.fromkeys(integers, "i64"),
         **dict.fromkeys(("state", "used"), "*i64"),
         **dict.fromkeys(("low", "high"), "*fp32"),
-        **dict.fromkeys(("lo", "hi"), "fp32"),
+        **dict.fromkeys(("lo", "hi", "bias", "least", "floor"), "fp32"),
         "ticket": "*i32",
     }
 
@@ -44,20 +45,23 @@ def _size(dtype: str) -> int:
 def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = False, **flags) -> Case:
     grid = forward_grid(ROWS, a)
     given = {
-        "RANDOM": True, "SCORE": True, "ENTROPY": False, "CLAMP": 0, "KEEP": False, **flags,
+        "RANDOM": True, "SCORE": True, "ENTROPY": False, "CLAMP": 0, "KEEP": False, "MAP": 0,
+        **flags,
     }  # fmt: skip
     constants = {
-        **tiling(grid, a), **given, "LOC": 0, "SCALE": 0, "HOST": not given["RANDOM"],
+        **tiling(grid, a), "LOC": 0, "SCALE": 0, **given, "HOST": not given["RANDOM"],
         "ADVANCE": given["RANDOM"], "FAST": True, "seed": None, "call": None,
     }  # fmt: skip
     wanted = {
         "score": given["SCORE"], "entropy": given["ENTROPY"], "used": given["KEEP"],
         "state": given["RANDOM"], "ticket": given["RANDOM"], "lo": given["CLAMP"] == 1,
-        "hi": given["CLAMP"] == 1, "low": given["CLAMP"] == 2, "high": given["CLAMP"] == 2,
+        "mapped": given["MAP"], "bias": given["MAP"], "least": given["MAP"],
+        "floor": given["MAP"], "hi": given["CLAMP"] == 1, "low": given["CLAMP"] == 2,
+        "high": given["CLAMP"] == 2,
     }  # fmt: skip
     constants.update(dict.fromkeys((n for n, needed in wanted.items() if not needed), None))
     name = "-".join([f"draw-{a}-{dtype}", *(f"{k}={v}" for k, v in flags.items())])
-    moved = (3 + given["SCORE"] / a) * _size(dtype)
+    moved = (3 + bool(given["MAP"]) + given["SCORE"] / a) * _size(dtype)
     # A wide row is one program, chunk by chunk.
     elements = grid.count if grid.wide else grid.tile
     return Case(
@@ -67,16 +71,21 @@ def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = Fals
     )  # fmt: skip
 
 
-def draw_backward(a: int, dtype: str, slots: float | None = None, everywhere: bool = False) -> Case:
+def draw_backward(
+    a: int, dtype: str, slots: float | None = None, everywhere: bool = False, **flags
+) -> Case:
     count, warps = FLAT_TILE
+    mapping = flags.get("MAP", 0)
     constants = {
         "A": a, "COUNT": count, "VALUE": 0, "LOC": 0, "SCALE": 0, "RANDOM": True, "PATHWISE": True,
         "BY_VALUE": True, "BY_SCORE": True, "BY_ENTROPY": False, "CLAMP": 1, "FAST": True,
-        "grad_entropy": None, "low": None, "high": None,
+        "grad_entropy": None, "low": None, "high": None, "MAP": 0, "MAPPED": -1, "OUT": 0,
+        **({} if mapping else dict.fromkeys(("bias", "least", "floor"), None)), **flags,
     }  # fmt: skip
+    name = "-".join([f"draw-backward-{a}-{dtype}", *(f"{k}={v}" for k, v in flags.items())])
     return Case(
-        f"normal-draw-backward-{a}-{dtype}", normal.draw_backward_kernel, types(dtype), constants,
-        warps, count, (5 + 1 / a) * _size(dtype), slots, everywhere=everywhere,
+        f"normal-{name}", normal.draw_backward_kernel, types(dtype), constants, warps, count,
+        (5 + 1 / a) * _size(dtype), slots, everywhere=everywhere,
     )  # fmt: skip
 
 
@@ -124,7 +133,10 @@ CASES = [
     draw(257, "fp32", 47),
     draw(4096, "fp32"),
     draw(1500, "fp32"),
+    # Layout 6: rows of a raw output of loc and scale side by side.
+    draw(8, "fp32", 65, MAP=1, LOC=6, SCALE=6),
     draw_backward(8, "fp32", 37, everywhere=True),
+    draw_backward(8, "fp32", 88, MAP=1, LOC=6, SCALE=6, OUT=6),
     draw_backward(8, "bf16", 46),
     draw_backward(17, "fp32", 47),
     score(8, "fp32", 17, everywhere=True),
