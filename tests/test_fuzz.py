@@ -1,4 +1,4 @@
-"""fastprob beside upstream on random configurations; see `tests/_fuzz.py`.
+"""fastprob beside upstream on random configurations; see `tests/_fuzz`.
 
 What upstream can do comes out equal, what it raises on gives an error or a right answer. By hand,
 for as long as one likes:
