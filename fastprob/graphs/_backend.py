@@ -94,14 +94,13 @@ class CudaBackend:
     the lock of whoever holds the backend across threads.
 
     Args:
-        device: a CUDA device.
+        device: a CUDA device, with its index.
     """
 
     capturable = True
 
     def __init__(self, device: torch.device) -> None:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self.device = torch.device("cuda", index)
+        self.device = device
         # Graphs that share a pool are to be captured on one stream.
         self._side = torch.cuda.Stream(self.device)
         self._pool: weakref.ref[_Pool] | None = None

@@ -150,7 +150,10 @@ class RecordingBackend:
     """Captures operations on CPU tensors on a tape, and replays them.
 
     Slower than calling the function, and only for tests. Operations of a `torch.compile`d function
-    are noted down as eager ones.
+    are noted down as eager ones. What looks at values on a CPU alone can be captured on a GPU but
+    not here: the argument checks of `torch.distributions`, which
+    `Distribution.set_default_validate_args(False)` switches off, and a short cut of fastprob's
+    TruncatedNormal.
 
     Attributes:
         captures: how many captures were made.

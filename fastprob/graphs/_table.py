@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tensordict import is_tensor_collection
 from torch import Tensor
 from torch import distributions as D
 
@@ -87,6 +88,15 @@ def buffer_like(tensor: Tensor) -> Tensor:
     if strides is None:
         return torch.empty(tensor.shape, **options)
     return torch.empty_strided(tensor.shape, strides, **options)
+
+
+def _is_leaf(kind: type) -> bool:
+    return getattr(kind, "_is_non_tensor", False) or not is_tensor_collection(kind)
+
+
+def leaf_keys(tensordict: Any) -> list[Any]:
+    """The keys of all entries, nested ones in full, those that are no tensors included."""
+    return list(tensordict.keys(True, True, is_leaf=_is_leaf))
 
 
 @dataclass(frozen=True)
@@ -244,13 +254,24 @@ class Table:
             )
 
 
-def backend_for(device: torch.device | None, given: Backend | None) -> Backend | None:
-    """What captures on a device; None where functions run directly."""
+def backend_for(
+    device: torch.device | None, given: Backend | None, now: Backend | None
+) -> Backend | None:
+    """What captures on a device; None where functions run directly.
+
+    Args:
+        device: of the parameters, or of the inputs.
+        given: what the user wants.
+        now: what captures so far, to be kept where it will do.
+    """
     if given is not None:
         return given
     if device is None or device.type != "cuda" or not torch.cuda.is_available():
         return None
-    return CudaBackend(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if now is not None and now.device == torch.device("cuda", index):
+        return now
+    return CudaBackend(torch.device("cuda", index))
 
 
 @contextlib.contextmanager

@@ -78,7 +78,6 @@ class Watch:
         self._children = [m._modules for m in self.modules if len(m._modules) > 0]
         self._dicts = [m.__dict__ for m in self.modules]
         self._tensors = [d for m in self.modules for d in (m._parameters, m._buffers) if len(d) > 0]
-        self._plain = not any(t is None for d in self._tensors for t in d.values())
         self._loose = list(self._loose_tensors())
         self._getters = list(self._configuration_getters())
         self._structure = self._structure_now()
@@ -151,10 +150,11 @@ class Watch:
 
     def places(self) -> list[Any]:
         """Where every tensor lies that a graph reads without having been given it."""
-        tensors = _from_iterable(map(_values, self._tensors))
-        if self._plain:
-            places: list[Any] = list(map(_address, tensors))
-        else:
+        try:
+            places: list[Any] = list(map(_address, _from_iterable(map(_values, self._tensors))))
+        except TypeError:
+            # A layer without a bias has None in its place.
+            tensors = _from_iterable(map(_values, self._tensors))
             places = [None if t is None else t.data_ptr() for t in tensors]
         if self._loose:
             places.extend(_place(holder.get(name)) for holder, name in self._loose)

@@ -22,6 +22,7 @@ from fastprob.graphs._table import (
     capture,
     examined,
     layout,
+    leaf_keys,
     nesting,
     put_back,
     surroundings,
@@ -41,10 +42,20 @@ _use_count = getattr(torch._C, "_storage_Use_Count", None)
 class _Plan:
     """How the outputs of a graph become what the policy returns."""
 
-    __slots__ = ("constants", "deleted", "keys", "mutated", "passed", "skeleton", "uses")
+    __slots__ = (
+        "constants",
+        "deleted",
+        "into_out",
+        "keys",
+        "mutated",
+        "passed",
+        "skeleton",
+        "uses",
+    )
 
     def __init__(self) -> None:
-        self.skeleton: TensorDict | None = None  # of a result that is neither input nor given
+        self.into_out = False  # the result is the tensordict_out that was given
+        self.skeleton: TensorDict | None = None  # of a result that is neither it nor the input
         self.keys: list[Any] = []  # of the outputs
         self.constants: list[tuple[Any, Any]] = []  # entries that are no tensors
         self.passed: list[tuple[Any, int]] = []  # entries of such a result that are inputs
@@ -219,9 +230,6 @@ class CudaGraphPolicy(TensorDictModuleBase):
             return self._call(**kwargs)
         return self._dispatched(*args, **kwargs)
 
-    def extra_repr(self) -> str:
-        return f"graphs={len(self._table.entries)}, clone_outputs={self.clone_outputs}"
-
     def __getstate__(self) -> dict[str, Any]:
         # A copy captures its own graphs.
         state = self.__dict__.copy()
@@ -334,7 +342,7 @@ class CudaGraphPolicy(TensorDictModuleBase):
 
     def _all_names(self, tensordict: Any) -> tuple[Any, ...]:
         """The entries that the policy may look at."""
-        present = tuple(tensordict.keys(True, True))
+        present = tuple(leaf_keys(tensordict))
         if self._names is None:
             return present
         # Where a sample that is there already is kept, its presence and value count.
@@ -345,17 +353,16 @@ class CudaGraphPolicy(TensorDictModuleBase):
         """Looks at the policy anew: its modules, what it reads, and on which device it is."""
         policy = self.policy
         roots = [policy] if isinstance(policy, nn.Module) else []
-        watch = self._watch = Watch(roots, self._settings)
+        before, watch = self._watch, Watch(roots, self._settings)
         device = self.device or watch.device()
         if device is None:
             tensors = (v for v in tensordict.values(True, True) if isinstance(v, Tensor))
             device = next((t.device for t in tensors), None)
-        known = self._backend
-        if known is None or known.device != device:
-            found = backend_for(device, self._given_backend)
-            if known is None or found is None or known.device != found.device:
-                self._forget()
-                self._backend = found
+        backend = backend_for(device, self._given_backend, self._backend)
+        if backend is not self._backend or (before is not None and before.modules != watch.modules):
+            self._forget()
+            self._backend = backend
+        self._watch = watch
         self._device_type = "cpu" if device is None else device.type
         if self._backend is not None:
             watch.settle_streams(self._backend.device)
@@ -439,8 +446,10 @@ class CudaGraphPolicy(TensorDictModuleBase):
 
         def run() -> tuple[Any, Any, Any]:
             given = skeleton.copy()
-            for key, value in (*zip(keys, static, strict=True), *constants):
+            for key, value in zip(keys, static, strict=True):
                 given.set(key, value)
+            for key, value in constants:
+                given.set_non_tensor(key, value)
             out = None if room is None else room.copy()
             return given, out, self._direct(given, out, kwargs)
 
@@ -474,14 +483,15 @@ class CudaGraphPolicy(TensorDictModuleBase):
                 "tensordict"
             )
         plan = _Plan()
+        plan.into_out = result is out
         if result is not given and result is not out:
             plan.skeleton = _skeleton(result, [])
         buffers = {id(t): i for i, t in enumerate(entry.static)}
-        present = list(result.keys(True, True))
+        present = leaf_keys(result)
         for key in present:
             value = result.get(key)
             if not isinstance(value, Tensor):
-                plan.constants.append((key, value))
+                plan.constants.append((key, value.data if is_non_tensor(value) else value))
                 continue
             index = buffers.get(id(value))
             if index is not None and (result is not given or keys[index] == key):
@@ -525,7 +535,7 @@ class CudaGraphPolicy(TensorDictModuleBase):
         target = tensordict
         if plan.skeleton is not None:
             target = plan.skeleton.copy()
-        elif tensordict_out is not None:
+        elif plan.into_out:
             target = tensordict_out
         if type(target) is TensorDict:
             entries = target._tensordict
@@ -541,7 +551,7 @@ class CudaGraphPolicy(TensorDictModuleBase):
         for key, i in plan.passed:
             target.set(key, values[i])
         for key, value in plan.constants:
-            target.set(key, value)
+            target.set_non_tensor(key, value)
         for key in plan.deleted:
             target.del_(key)
         return target
@@ -594,7 +604,7 @@ def _leaves(name: Any, value: Any) -> list[tuple[Any, Any]]:
     if not is_tensor_collection(value):
         return [(name, value)]
     path = (name,) if isinstance(name, str) else name
-    inner = [(k, value.get(k)) for k in value.keys(True, True)]
+    inner = [(k, value.get(k)) for k in leaf_keys(value)]
     return [
         ((*path, *((k,) if isinstance(k, str) else k)), v.data if is_non_tensor(v) else v)
         for k, v in inner

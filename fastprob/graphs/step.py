@@ -22,6 +22,7 @@ from fastprob.graphs._table import (
     capture,
     examined,
     layout,
+    leaf_keys,
     nesting,
     surroundings,
     warm_up,
@@ -225,18 +226,17 @@ class CudaGraphStep:
 
     def _new_watch(self, given: Any) -> Watch:
         """Looks anew at what is watched, and on which device it is."""
-        watch = self._watch = Watch(self._watched, self._settings)
+        before, watch = self._watch, Watch(self._watched, self._settings)
         device = self.device or watch.device()
         if device is None:
             tensors: list[Tensor] = []
             _flatten(given, [], tensors)
             device = next((t.device for t in tensors), None)
-        known = self._backend
-        if known is None or known.device != device:
-            found = backend_for(device, self._given_backend)
-            if known is None or found is None or known.device != found.device:
-                self._forget()
-                self._backend = found
+        backend = backend_for(device, self._given_backend, self._backend)
+        if backend is not self._backend or (before is not None and before.modules != watch.modules):
+            self._forget()
+            self._backend = backend
+        self._watch = watch
         self._device_type = "cpu" if device is None else device.type
         if self._backend is not None:
             watch.settle_streams(self._backend.device)
@@ -348,7 +348,7 @@ def _flatten(value: Any, parts: list[Any], tensors: list[Tensor]) -> None:
             _flatten(item, parts, tensors)
     elif kind is TensorDict or is_tensor_collection(value):
         parts += (kind, value.batch_size)
-        for key in value.keys(True, True):
+        for key in leaf_keys(value):
             parts.append(key)
             _flatten(_entry_of(value, key), parts, tensors)
     else:
@@ -384,7 +384,7 @@ def _rebuild(value: Any, tensors: Iterator[Tensor]) -> Any:
     if is_tensor_collection(value) and not is_non_tensor(value):
         # A shallow copy: nested tensordicts are its own, tensors are not.
         new = value.copy()
-        for key in value.keys(True, True):
+        for key in leaf_keys(value):
             if isinstance(_entry_of(value, key), Tensor):
                 new.set(key, next(tensors))
         return new
