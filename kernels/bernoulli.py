@@ -34,7 +34,9 @@ from fastprob.kernels._launch import (
     event_numel,
     fast,
     flat_grid,
+    fold,
     forward_grid,
+    gradients,
     launching,
     parameter,
     tail,
@@ -95,11 +97,21 @@ def away_from_ends(p, EPS: tl.constexpr):
 
 
 @triton.jit
-def costs_of_values(given, FROM_PROBS: tl.constexpr, EPS: tl.constexpr, FAST: tl.constexpr):
+def decay(given, FROM_PROBS: tl.constexpr, FAST: tl.constexpr):
+    """`exp(-|s|)` of logits, of which all else is made; of probabilities nothing is needed."""
+    if FROM_PROBS:
+        return given
+    else:
+        return m.exp(-tl.abs(given), FAST)
+
+
+@triton.jit
+def costs_of_values(given, e, FROM_PROBS: tl.constexpr, EPS: tl.constexpr, FAST: tl.constexpr):
     """The negative scores of both values.
 
     Args:
         given: logits, or probabilities where FROM_PROBS.
+        e: their `decay`.
         FROM_PROBS: which of the two.
         EPS: distance that probabilities keep from 0 and 1.
         FAST: as in `_math`.
@@ -117,7 +129,6 @@ def costs_of_values(given, FROM_PROBS: tl.constexpr, EPS: tl.constexpr, FAST: tl
         return likely, hit, miss, miss - hit, q
     else:
         size = tl.abs(given)
-        e = m.exp(-size, FAST)
         hit = log1p_of_unit(e, EPS)
         return given > 0.0, hit, hit + size, size, e * m.reciprocal(1.0 + e, FAST)
 
@@ -137,14 +148,14 @@ def up_to_one(word):
 
 
 @triton.jit
-def drawn(given, u, FROM_PROBS: tl.constexpr, FAST: tl.constexpr):
-    """Which elements are 1, from uniforms in (0, 1]; and p."""
+def drawn(given, e, u, FROM_PROBS: tl.constexpr):
+    """Which elements are 1, from uniforms in (0, 1]."""
     if FROM_PROBS:
-        return u <= given, given
+        return u <= given
     else:
-        # u <= 1 / (1 + exp(-s)) without the division, which only a backward pass needs.
-        e = m.exp(-given, FAST)
-        return u * e + u <= 1.0, m.reciprocal(1.0 + e, FAST)
+        # u <= p with both sides times 1 + e, which spares the division: p is 1 / (1 + e) where 1
+        # is the likely value, e / (1 + e) elsewhere.
+        return u * e + u <= tl.where(given > 0.0, 1.0, e)
 
 
 @triton.jit
@@ -166,14 +177,15 @@ def _draw_tile(
     par = tile.load(
         given, start, i, inside, 0.5, rows, given_row, given_column, A, COUNT, GIVEN, WHOLE
     )
+    e = decay(par, FROM_PROBS, FAST)
     one = mode(par, FROM_PROBS)
     if RANDOM:
-        one, _ = drawn(par, uniforms_to_one(seed, call, start, COUNT), FROM_PROBS, FAST)
+        one = drawn(par, e, uniforms_to_one(seed, call, start, COUNT), FROM_PROBS)
     tile.store(value, start, tl.where(one, 1.0, 0.0), i, inside, COUNT, TILE, WHOLE)
     cost = tl.zeros([COUNT], tl.float32)
     entropy = cost
     if SCORE or ENTROPY:
-        likely, hit, miss, gap, q = costs_of_values(par, FROM_PROBS, EPS, FAST)
+        likely, hit, miss, gap, q = costs_of_values(par, e, FROM_PROBS, EPS, FAST)
         if SCORE:
             cost = hit
             if RANDOM:
@@ -275,7 +287,8 @@ def _score_tile(
     par = tile.load(
         given, start, i, inside, 0.5, rows, given_row, given_column, A, COUNT, GIVEN, WHOLE
     )
-    likely, hit, _, gap, q = costs_of_values(par, FROM_PROBS, EPS, FAST)
+    e = decay(par, FROM_PROBS, FAST)
+    likely, hit, _, gap, q = costs_of_values(par, e, FROM_PROBS, EPS, FAST)
     cost = hit
     if SCORE:
         x = tile.load(
@@ -347,7 +360,7 @@ def score_kernel(
 @triton.jit
 def _backward_tile(
     grad_score, grad_entropy, given, value, grad_given, grad_scored,
-    seed, call, start, left, rows, given_row, given_column, value_row, value_column,
+    used, start, left, rows, given_row, given_column, value_row, value_column,
     A: tl.constexpr, COUNT: tl.constexpr, GIVEN: tl.constexpr, VALUE: tl.constexpr,
     FROM_PROBS: tl.constexpr, EPS: tl.constexpr, RANDOM: tl.constexpr, STORED: tl.constexpr,
     BY_SCORE: tl.constexpr, BY_ENTROPY: tl.constexpr, TO_VALUE: tl.constexpr,
@@ -358,12 +371,18 @@ def _backward_tile(
     par = tile.load(
         given, start, i, inside, 0.5, rows, given_row, given_column, A, COUNT, GIVEN, WHOLE
     )
-    u = tl.zeros([COUNT], tl.float32)
+    e = decay(par, FROM_PROBS, FAST)
+    one = mode(par, FROM_PROBS)
     if RANDOM:
-        u = uniforms_to_one(seed, call, start, COUNT)
-    one, p = drawn(par, u, FROM_PROBS, FAST)
-    if not RANDOM:
-        one = mode(par, FROM_PROBS)
+        u = uniforms_to_one(tl.load(used), tl.load(used + 1), start, COUNT)
+        one = drawn(par, e, u, FROM_PROBS)
+    # The probabilities of the likely value and of the other: 1 - p would lose the smaller one.
+    large = e
+    small = e
+    if not FROM_PROBS:
+        large = m.reciprocal(1.0 + e, FAST)
+        small = e * large
+    likely = mode(par, FROM_PROBS)
     grad = tl.zeros([COUNT], tl.float32)
     if BY_SCORE:
         by_row = tile.of_rows(grad_score, start, i, inside, A, COUNT, WHOLE)
@@ -371,31 +390,34 @@ def _backward_tile(
             x = tile.load(
                 value, start, i, inside, 0.0, rows, value_row, value_column, A, COUNT, VALUE, WHOLE
             )
-            grad = by_row * (x - p)
             if FROM_PROBS:
-                grad *= m.reciprocal(p * (1.0 - p), FAST)
+                grad = by_row * m.divide(x - par, par * (1.0 - par), FAST)
+            else:
+                grad = by_row * (x - tl.where(likely, large, small))
         elif FROM_PROBS:
             # (x - p) / (p (1 - p)) of a zero or a one.
-            grad = by_row * m.reciprocal(tl.where(one, p, p - 1.0), FAST)
+            grad = by_row * m.reciprocal(tl.where(one, par, par - 1.0), FAST)
         else:
-            grad = by_row * (tl.where(one, 1.0, 0.0) - p)
+            # x - p is the probability of the value that was not drawn, with a sign.
+            other = tl.where(one == likely, small, large)
+            grad = by_row * tl.where(one, other, -other)
     if BY_ENTROPY or TO_VALUE:
         s = par
         if FROM_PROBS:
-            c = away_from_ends(p, EPS)
-            s = m.log(c, FAST) - m.log(1.0 - c, FAST)
+            p = away_from_ends(par, EPS)
+            s = m.log(p, FAST) - m.log(1.0 - p, FAST)
         if BY_ENTROPY:
             # The entropy has no sample dimensions: its gradient goes to the first sample alone.
             per_row = tile.of_first_rows(grad_entropy, start, i, inside, rows, A, COUNT, WHOLE)
             if FROM_PROBS:
                 grad -= per_row * s
             else:
-                grad -= per_row * s * (p * (1.0 - p))
+                grad -= per_row * (s * large * small)
         if TO_VALUE:
             tile.store(grad_scored, start, by_row * s, i, inside, COUNT, COUNT, WHOLE)
     if FROM_PROBS and (BY_SCORE or BY_ENTROPY):
         # No gradient where p was moved away from an end.
-        grad = tl.where((p >= EPS) & (p <= 1.0 - EPS), grad, 0.0)
+        grad = tl.where((par >= EPS) & (par <= 1.0 - EPS), grad, 0.0)
     tile.store(grad_given, start, grad, i, inside, COUNT, COUNT, WHOLE)
 
 
@@ -410,15 +432,10 @@ def backward_kernel(
 ):  # fmt: skip
     """Gradients of COUNT elements; a value is loaded (STORED), drawn anew (RANDOM) or the mode."""
     start = tl.program_id(0).to(tl.int64) * COUNT
-    seed = start
-    call = start
-    if RANDOM:
-        seed = tl.load(used)
-        call = tl.load(used + 1)
     if start + COUNT <= total:
         _backward_tile(
             grad_score, grad_entropy, given, value, grad_given, grad_scored,
-            seed, call, start, COUNT, rows,
+            used, start, COUNT, rows,
             given_row, given_column, value_row, value_column,
             A, COUNT, GIVEN, VALUE, FROM_PROBS, EPS, RANDOM, STORED,
             BY_SCORE, BY_ENTROPY, TO_VALUE, FAST, True,
@@ -426,7 +443,7 @@ def backward_kernel(
     else:
         _backward_tile(
             grad_score, grad_entropy, given, value, grad_given, grad_scored,
-            seed, call, start, (total - start).to(tl.int32), rows,
+            used, start, (total - start).to(tl.int32), rows,
             given_row, given_column, value_row, value_column,
             A, COUNT, GIVEN, VALUE, FROM_PROBS, EPS, RANDOM, STORED,
             BY_SCORE, BY_ENTROPY, TO_VALUE, FAST, False,
@@ -549,7 +566,7 @@ def draw_backward(
     shape: torch.Size,
     ndims: int,
 ) -> Tensor:
-    """The gradient of `draw` by `given`, `[*sample, *batch, *event]`.
+    """The gradient of `draw` by `given`, `[*batch, *event]`.
 
     Args:
         grad_score: gradient of the log-probability, None for none.
@@ -575,7 +592,7 @@ def score_backward(
     *,
     to_value: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradients of `score` by `given` and the value, `[*sample, *batch, *event]`.
+    """The gradients of `score` by `given` and the value, of the shapes of these.
 
     Args:
         grad_score: gradient of the log-probability, None for none.
@@ -598,16 +615,16 @@ def _backward(
 ):  # fmt: skip
     full = shape + given.shape
     a = event_numel(given.shape, ndims)
-    grad_given = torch.empty(full, dtype=given.dtype, device=given.device)
+    grad_given = gradients(shape, given)
     grad_scored = None
     if to_value:
         # The entropy does not depend on the value.
         make = torch.zeros if grad_score is None else torch.empty
-        grad_scored = make(full, dtype=given.dtype, device=given.device)
+        grad_scored = make(full, dtype=value.dtype, device=given.device)
         to_value = grad_score is not None
     total = grad_given.numel()
     if total == 0:
-        return grad_given, grad_scored
+        return torch.zeros_like(given), grad_scored
     par = parameter(given, ndims, bool(shape))
     scored = par if value is None else parameter(value, ndims, False)
     programs, count, warps = flat_grid(total)
@@ -622,4 +639,4 @@ def _backward(
             BY_ENTROPY=grad_entropy is not None, TO_VALUE=to_value, FAST=fast(given),
             num_warps=warps,
         )  # fmt: skip
-    return grad_given, grad_scored
+    return fold(grad_given, given), grad_scored

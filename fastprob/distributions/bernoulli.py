@@ -10,7 +10,7 @@ from torch import Tensor
 from torch import distributions as D
 from torch.distributions import constraints
 
-from fastprob import rng
+from fastprob import backend, rng
 from fastprob.distributions._base import EMPTY, MEAN, Fused, check_real, reject
 from fastprob.ops import bernoulli as ops
 
@@ -23,6 +23,9 @@ class _BernoulliBase(Fused):
     _ndims: int
     _log_odds: Tensor | None
     has_rsample = False
+
+    # Zeros and ones need no projection onto a Binary spec.
+    _kind = ("index", 2)
 
     @property
     def logits(self) -> Tensor:
@@ -43,6 +46,9 @@ class _BernoulliBase(Fused):
         return self._given if self._from_probs else torch.sigmoid(self._given)
 
     def _draw(self, shape, generator, score, pathwise):
+        given = self._given
+        if backend.serves(given):
+            return ops.draw(given, self._from_probs, shape, self._ndims, generator, score=score)[:2]
         with torch.no_grad():
             probs = self.probs
             value = rng.bernoulli(probs.expand(shape + probs.shape) if shape else probs, generator)
@@ -57,8 +63,11 @@ class _BernoulliBase(Fused):
                 )
             return self.probs, None
         given = self._given
-        # At p = 1/2 both values are modes and medians; the smaller one is taken.
-        value = (given > (0.5 if self._from_probs else 0.0)).to(given.dtype)
+        if backend.serves(given):
+            return ops.draw(
+                given, self._from_probs, EMPTY, self._ndims, random=False, score=score
+            )[:2]  # fmt: skip
+        value = ops.is_mode(given, self._from_probs).to(given.dtype)
         return value, ops.log_prob(self.logits, value, self._ndims) if score else None
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -66,6 +75,9 @@ class _BernoulliBase(Fused):
         # torch fails to reshape an empty value for its check of an event.
         if self._checks(value) and value.numel():
             self._validate_sample(value)
+        if backend.serves(self._given):
+            memo = self._memo()
+            return ops.score_and_entropy(self._given, self._from_probs, value, self._ndims, memo)
         logits = self.logits
         if value.dtype is not logits.dtype:
             value = value.to(logits.dtype)
@@ -73,7 +85,20 @@ class _BernoulliBase(Fused):
 
     def entropy(self) -> Tensor:
         """Entropy in nats, `[*batch]`."""
+        if backend.serves(self._given):
+            return ops.entropy_given(self._given, self._from_probs, self._ndims, self._memo())
         return ops.entropy(self.logits, self._ndims)
+
+    def _memo(self) -> dict[str, Any] | None:
+        """What a score keeps for the entropy, which a loss with gradients asks for next."""
+        given = self._given
+        # A leaf may be asked for two backward passes, which one node for both would not survive.
+        if given.grad_fn is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        memo = self.__dict__.get("_shared")
+        if memo is None or memo["of"] is not given:
+            memo = self._shared = {"of": given}
+        return memo
 
     @property
     def variance(self) -> Tensor:

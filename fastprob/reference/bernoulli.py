@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
+from fastprob.reference import philox
 from fastprob.reference._reduce import affine_sum, sum_rightmost
 
 
@@ -42,3 +43,88 @@ def entropy(logits: Tensor, ndims: int) -> Tensor:
         softplus(-size, threshold=50.0) + size * torch.sigmoid(-size),
         ndims,
     )
+
+
+def is_mode(given: Tensor, from_probs: bool) -> Tensor:
+    """Where 1 is the more likely value. At p = 1/2 both are; the smaller one is taken."""
+    return given > (0.5 if from_probs else 0.0)
+
+
+def draw(
+    given: Tensor,  # [*batch, *event], logits or probabilities
+    from_probs: bool,
+    state: Tensor | None,  # int64 [2]
+    shape: torch.Size,
+    ndims: int,
+    score: bool,
+    entropies: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A value from a counter-based state, its score and the entropy; the mode without a state."""
+    value = _value(given, from_probs, state, shape)
+    s = logits(given) if from_probs else given
+    return (
+        value,
+        log_prob(s, value, ndims) if score else None,
+        entropy(s, ndims) if entropies else None,
+    )
+
+
+def draw_backward(
+    grad_score: Tensor | None,  # [*sample, *batch]
+    grad_entropy: Tensor | None,  # [*batch]
+    given: Tensor,  # [*batch, *event]
+    from_probs: bool,
+    state: Tensor | None,  # int64 [2]
+    shape: torch.Size,
+    ndims: int,
+) -> Tensor:  # [*batch, *event]
+    """The gradient of `draw` by `given`, the value drawn anew."""
+    value = _value(given, from_probs, state, shape)
+    return score_backward(grad_score, grad_entropy, given, from_probs, value, ndims, False)[0]
+
+
+def score_backward(
+    grad_score: Tensor | None,  # [*sample, *batch]
+    grad_entropy: Tensor | None,  # [*batch]
+    given: Tensor,  # [*batch, *event]
+    from_probs: bool,
+    value: Tensor | None,  # [*sample, *batch, *event]
+    ndims: int,
+    to_value: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of `log_prob` and `entropy` by `given` and the value, of their shapes."""
+    grad_given = given.new_zeros(given.shape if value is None else value.shape)
+    grad_value = None
+    s = logits(given) if from_probs else given
+    p = torch.sigmoid(s)
+    if value is not None and to_value:
+        grad_value = torch.zeros_like(value)
+    if grad_score is not None and value is not None:
+        by_row = grad_score.reshape(grad_score.shape + (1,) * ndims)
+        grad_given = (by_row * (value - p)).to(given.dtype)
+        if to_value:
+            grad_value = (by_row * s).to(value.dtype)
+    if grad_entropy is not None:
+        by_row = grad_entropy.reshape(grad_entropy.shape + (1,) * ndims)
+        # The entropy has no sample dimensions: its gradient goes to the first sample alone.
+        grad_given.view(-1, *given.shape)[0] -= by_row * s * p * torch.sigmoid(-s)
+    samples = grad_given.dim() - given.dim()
+    if samples:
+        grad_given = grad_given.sum(tuple(range(samples)))
+    if from_probs:
+        # That of torch.logit: none where p was moved away from an end.
+        eps = torch.finfo(given.dtype).eps
+        inside = (given >= eps) & (given <= 1.0 - eps)
+        rate = torch.where(inside, given * (1.0 - given), 1.0)
+        grad_given = torch.where(inside, grad_given / rate, 0.0)
+    return grad_given, grad_value
+
+
+def _value(given: Tensor, from_probs: bool, state: Tensor | None, shape: torch.Size) -> Tensor:
+    if state is None:
+        return is_mode(given, from_probs).to(given.dtype).expand(shape + given.shape).clone()
+    # In fp32 at least, as the kernels: a half's rounding of p would change one draw in 500.
+    p = given if given.dtype is torch.float64 else given.float()
+    if not from_probs:
+        p = torch.sigmoid(p)
+    return philox.bernoulli(state, p.expand(shape + p.shape)).to(given.dtype)

@@ -63,6 +63,21 @@ def standard_normal(
     return _shaped(torch.stack((z0, z1, z2, z3), -1), shape, dtype)
 
 
+def bernoulli(
+    state: Tensor,  # int64 [2]
+    probs: Tensor,
+) -> Tensor:
+    """1 with probability `probs` and 0 otherwise, of the shape and dtype of `probs`.
+
+    By steps of 2^-32 in (0, 1], so that 1 is certain at a probability of 1, impossible at 0, and
+    met at any other down to 2^-32.
+    """
+    drawn = torch.stack(_words_for(state, probs.shape), -1)
+    dtype = _working(probs.dtype)
+    to_one = (drawn.to(dtype) + 1.0) * 2.0**-32
+    return (_shaped(to_one, probs.shape, dtype) <= probs).to(probs.dtype)
+
+
 def fold(
     seed: Tensor,  # int64 []
     index: Tensor,  # int64 []
