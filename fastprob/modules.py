@@ -16,6 +16,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch import distributions as D
 
+from fastprob.counter import CounterStream
 from fastprob.direct import Straight
 from fastprob.distributions import CompositeDistribution, Delta, recognize, resolve
 from fastprob.distributions._base import EMPTY, MEAN, MEDIAN, MODE, RANDOM, Fused
@@ -69,12 +70,13 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         n_empirical_estimate: number of draws for the mean of a distribution without a closed form.
         num_samples: leading dimensions of the sample, an int or a shape. The output tensordict gets
             them in front of its batch size. Deterministic values are repeated.
-        generator: source of the noise: a `torch.Generator`, advanced in place; an int, the seed of
-            a generator of the module's own; or a key of the tensordict that holds a generator or a
-            scalar seed, whose successor is written back. None for torch's default generator. The
-            same numbers are drawn under `torch.compile`, where a key must hold a tensor. The state
-            of a generator, given or of the module's own, is the entry `generator_state` of the
-            module's `state_dict`.
+        generator: source of the noise: a `torch.Generator` or a `CounterStream`, advanced in
+            place; an int, the seed of a generator of the module's own; or a key of the tensordict
+            that holds a generator or a scalar seed, whose successor is written back. None for
+            torch's default generator. The same numbers are drawn under `torch.compile`, where a key
+            must hold a tensor. The state of a generator, given or of the module's own, is the entry
+            `generator_state` of the module's `state_dict`; a `CounterStream` is a child,
+            `counter_stream`.
 
     Raises:
         ValueError: for an unknown interaction type, an unknown distribution name, or a log-prob key
@@ -126,7 +128,7 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         cache_dist: bool = False,
         n_empirical_estimate: int = 1000,
         num_samples: int | Sequence[int] | None = None,
-        generator: torch.Generator | int | NestedKey | None = None,
+        generator: torch.Generator | CounterStream | int | NestedKey | None = None,
     ) -> None:
         # Past the constructor of tensordict's class, whose rules for keys are the other ones.
         super(_upstream.ProbabilisticTensorDictModule, self).__init__()
@@ -168,6 +170,9 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             num_samples = (num_samples,)
         self.num_samples = None if num_samples is None else torch.Size(num_samples)
         self._stream = Stream.read(generator)
+        if isinstance(generator, CounterStream):
+            # A child, which moves with the module and is saved with it.
+            self.counter_stream = generator
         self._dist = None
 
     # configuration --------------------------------------------------------------------------
@@ -242,7 +247,7 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         return [self._lp.total] if self._lp.each is None else list(self._lp.each)  # type: ignore
 
     @property
-    def generator(self) -> torch.Generator | NestedKey | None:
+    def generator(self) -> torch.Generator | CounterStream | NestedKey | None:
         """The generator of this module, or the key under which the tensordict holds it."""
         stream = self._stream
         if stream is None:
@@ -419,6 +424,27 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         if skips_existing() and can_skip(self, tensordict):
             return self._project_existing(tensordict)
         dist = self.get_dist(tensordict)
+        return self._sample(dist, tensordict, tensordict_out, _requires_sample, interaction_type)
+
+    def _sample(
+        self,
+        dist: D.Distribution,
+        tensordict: Any,
+        tensordict_out: Any = None,
+        _requires_sample: Any = _UNSET,
+        interaction_type: Any = None,
+        parameters: Callable[[], Items] | None = None,
+    ) -> Any:
+        """What a call does once it has the distribution.
+
+        Args:
+            dist: the distribution.
+            tensordict: as in `forward`.
+            tensordict_out: as in `forward`, None for none.
+            _requires_sample: as in `forward`.
+            interaction_type: as in `forward`.
+            parameters: gives the parameters' entries where the draw makes them, written first.
+        """
         score = self.return_log_prob
         keys = self._lp
         if score and bool(aggregate_mode()) is not keys.aggregate:
@@ -439,6 +465,8 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         if self._stream is not None and _draws(dist, interaction):
             generator, successor = self._stream.open(tensordict, self.in_keys)
         shape = self.num_samples
+        # A mean is of no kind: it lies between the members. Nor may a kernel project an estimate.
+        carried = self._projections is not None and interaction is not MEAN and self._carry(dist)
         value, log_prob = take(
             dist,
             interaction,
@@ -447,6 +475,9 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             score,
             self.n_empirical_estimate,
         )
+        if carried:
+            # The distribution may be one that the user holds.
+            dist._bounds_of_value = None  # type: ignore[attr-defined]
         if isinstance(value, Tensor):
             sample_keys = self._out_keys
             items: Items = [
@@ -456,10 +487,11 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
                 items.append((keys.only or keys.single(), log_prob))
         else:
             items = self._gather(dist, value, log_prob)
-        if self._projections is not None:
-            # A mean is of no kind: it lies between the members.
+        if self._projections is not None and not carried:
             kind = None if interaction is MEAN else getattr(dist, "_kind", None)
             items = self._project(items, kind)
+        if parameters is not None:
+            items = parameters() + items
         if self.cache_dist and out is not tensordict:
             found = ((k, tensordict.get(k, None)) for k in self.in_keys)
             # A parameter that the distribution can do without may be missing.
@@ -561,6 +593,10 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             ndim = sample_ndim + len(dist.batch_shape)
             items.append((self._lp.total, sum_parts([v for _, v in items], ndim)))
         return items
+
+    def _carry(self, dist: D.Distribution) -> bool:
+        """Whether the kernel that gives the value projects it as well."""
+        return False
 
     def _project(self, items: Items, kind: Any = None) -> Items:
         """The entries, those with a projection projected.

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
-from torch import Tensor, nn
+from torch import distributions as D
+from torch import nn
 
+from fastprob.distributions._base import EMPTY, Fused
 from fastprob.io import Items, write
 from fastprob.modules import ProbabilisticTensorDictModule
 from fastprob.sequential import ProbabilisticTensorDictSequential
@@ -128,6 +130,20 @@ class SafeProbabilisticModule(_HasSpec, ProbabilisticTensorDictModule):
         self._projections = dict(plan) if self.safe else None
         self._fitting: dict[NestedKey, torch.Size] = {}
 
+    def _carry(self, dist: D.Distribution) -> bool:
+        keys = self._out_keys
+        projections = self._projections
+        if not isinstance(dist, Fused) or len(keys) != 1 or not projections:
+            return False
+        projection = projections.get(keys[0])
+        if projection is None or not dist.carry(projection):
+            return False
+        shape = (self.num_samples or EMPTY) + dist.batch_shape + dist.event_shape
+        if self._fitting.get(keys[0]) != shape:
+            self._check_fit(keys[0], shape)
+            self._fitting[keys[0]] = shape
+        return True
+
     def _project(self, items: Items, kind: Any = None) -> Items:
         projections = self._projections
         assert projections is not None
@@ -138,18 +154,18 @@ class SafeProbabilisticModule(_HasSpec, ProbabilisticTensorDictModule):
             if projection is not None:
                 shape = value.shape
                 if fitting.get(key) != shape:
-                    self._check_fit(key, value)
+                    self._check_fit(key, shape)
                     fitting[key] = shape
                 if kind is None or getattr(projection, "covers", None) != kind:
                     value = projection(value)
             projected.append((key, value))
         return projected
 
-    def _check_fit(self, key: NestedKey, value: Tensor) -> None:
+    def _check_fit(self, key: NestedKey, shape: torch.Size) -> None:
         spec = self._spec[key]
-        if not fits(spec, value.shape):
+        if not fits(spec, shape):
             raise ValueError(
-                f"{type(self).__name__} got a value of shape {tuple(value.shape)} under {key!r}, "
+                f"{type(self).__name__} got a value of shape {tuple(shape)} under {key!r}, "
                 f"which does not fit its spec of shape {tuple(spec.shape)}: the trailing "
                 "dimensions of the value must be those of the spec"
             )

@@ -17,6 +17,7 @@ from torch import distributions as D
 from fastprob.distributions import CompositeDistribution
 from fastprob.distributions._any import take
 from fastprob.distributions._base import EMPTY
+from fastprob.extraction import Extraction
 from fastprob.interaction import InteractionType, current_type, in_this_thread, read_type
 from fastprob.io import can_skip, leaves, skips_existing, write
 from fastprob.modules import ProbabilisticTensorDictModule
@@ -97,6 +98,7 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
             else:
                 sample = False
             plan = self.__dict__["_plan_made"] = (modules, sample)
+            self.__dict__["_extraction"] = Extraction.of(modules)
         return plan
 
     @property
@@ -228,6 +230,12 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
             tensordict = self._run_one(module, tensordict, **_as(kind, module))
         return tensordict
 
+    def _named(self, module: Any) -> Any:
+        """Number or key of a module; of the first of two that run as one."""
+        if isinstance(module, Extraction):
+            module = module.module
+        return self._get_module_num_or_key(module)
+
     def _run_one(self, module: Any, tensordict: Any, **kwargs: Any) -> Any:
         try:
             if self.partial_tolerant:
@@ -237,10 +245,23 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
             note = getattr(err, "add_note", None)
             if note is not None:  # Python 3.11 and later
                 note(
-                    f"Failed while running module {self._get_module_num_or_key(module)!r} of "
-                    f"{type(self).__name__}."
+                    f"Failed while running module {self._named(module)!r} of {type(self).__name__}."
                 )
             raise
+
+    def _run_extraction(self, extraction: Extraction, tensordict: Any, kind: Any) -> Any:
+        """Runs all modules, the last two as one where the kernels serve the call."""
+        if kind is None and current_type() is None:
+            with in_this_thread(self._default_type()):
+                return self._run_extraction(extraction, tensordict, None)
+        *first, module, head = self._plan()[0]
+        for earlier in first:
+            tensordict = self._run_one(earlier, tensordict, **_as(kind, earlier))
+        done = self._run_one(extraction, tensordict, **_as(kind, head))
+        if done is not None:
+            return done
+        tensordict = self._run_one(module, tensordict)
+        return self._run_one(head, tensordict, **_as(kind, head))
 
     def get_dist(
         self,
@@ -416,13 +437,19 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
                 else:
                     current = self._run_one(module, current, **kwargs, **_as(kind, module))
         else:
-            if kind is None or kwargs:
-                current = self.get_dist_params(current, **kwargs)
+            extraction = self.__dict__["_extraction"]
+            if extraction is not None and sample and not kwargs and not self.partial_tolerant:
+                current = self._run_extraction(extraction, current, kind)
             else:
-                current = self._run_det(current, kind)
-            # Said only where it is not the default: a sequence of upstream's does not take it.
-            only_score = {} if sample else {"_requires_sample": False}
-            current = self._run_one(modules[-1], current, **only_score, **_as(kind, modules[-1]))
+                if kind is None or kwargs:
+                    current = self.get_dist_params(current, **kwargs)
+                else:
+                    current = self._run_det(current, kind)
+                # Said only where it is not the default: a sequence of upstream's does not take it.
+                only_score = {} if sample else {"_requires_sample": False}
+                current = self._run_one(
+                    modules[-1], current, **only_score, **_as(kind, modules[-1])
+                )
         if self.inplace is True:
             tensordict_out = tensordict
         elif self.inplace is False:

@@ -19,7 +19,9 @@ from fastprob.distributions._base import (
     check_positive,
     check_real,
 )
+from fastprob.ops import extractor
 from fastprob.ops import normal as ops
+from fastprob.ops.extractor import Mapping
 from fastprob.reference._chunks import rows_per_piece
 
 
@@ -37,7 +39,7 @@ class _NormalBase(Fused):
                 loc, scale, shape, self._ndims, generator, score=score, pathwise=pathwise,
                 bounds=self._bounds_of_value,
             )[:2]  # fmt: skip
-        if score and not shape and not torch.is_grad_enabled():
+        if score and not shape and not torch.is_grad_enabled() and not rng.counted(generator):
             rows = rows_per_piece(loc, scale, self._ndims)
             if rows:
                 fill = rng.normal_filler(generator)
@@ -288,6 +290,54 @@ class Independent(IndependentNormal):
             event_dim=reinterpreted_batch_ndims,
             validate_args=validate_args,
         )
+
+
+class ExtractedNormal(IndependentNormal):
+    """An IndependentNormal whose parameters are the raw output of a network, as yet unmapped.
+
+    The kernel that draws maps the scale on its way. Whatever else asks for the scale has it mapped
+    by itself.
+
+    Args:
+        raw: `[*batch, 2 A]`, loc and the raw scale side by side.
+        mapping: how the second half becomes the scale.
+    """
+
+    def __init__(self, raw: Tensor, mapping: Mapping) -> None:
+        self._validate_args = False
+        self.tanh_loc, self.upscale = False, 5.0
+        self._raw, self._mapping = raw, mapping
+        self._mapped: Tensor | None = None
+        self.loc = raw.chunk(2, -1)[0]
+        self._ndims = 1
+
+    @property
+    def scale(self) -> Tensor:  # type: ignore[override]
+        """Standard deviation, `[*batch, A]`."""
+        if self._mapped is None:
+            self._mapped = extractor.scale(self._raw, self._mapping)
+        return self._mapped
+
+    @scale.setter
+    def scale(self, value: Tensor) -> None:
+        self._mapped = value
+
+    def _draw(self, shape, generator, score, pathwise):
+        if shape or self._mapped is not None or not backend.serves(self._raw):
+            return super()._draw(shape, generator, score, pathwise)
+        value, log_prob, self._mapped = extractor.draw(
+            self._raw, self._mapping, generator, score=score, pathwise=pathwise,
+            bounds=self._bounds_of_value,
+        )  # fmt: skip
+        return value, log_prob
+
+    def _point(self, interaction: InteractionType, score: bool):
+        if not score or self._mapped is not None or not backend.serves(self._raw):
+            return super()._point(interaction, score)
+        value, log_prob, self._mapped = extractor.draw(
+            self._raw, self._mapping, random=False, bounds=self._bounds_of_value
+        )
+        return value, log_prob
 
 
 def _alike(loc: Any, scale: Any) -> bool:
