@@ -99,6 +99,11 @@ def leaf_keys(tensordict: Any) -> list[Any]:
     return list(tensordict.keys(True, True, is_leaf=_is_leaf))
 
 
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often tensors were written to; inference tensors do not count it."""
+    return [0 if t.is_inference() else t._version for t in tensors]
+
+
 @dataclass(frozen=True)
 class GraphInfo:
     """One graph that is held.
@@ -126,6 +131,7 @@ class Entry:
         "graph",
         "held",
         "interaction_type",
+        "mutated",
         "outputs",
         "places",
         "plan",
@@ -140,6 +146,7 @@ class Entry:
         self.sources = tuple((name, tuple(t.shape), t.dtype) for name, t in sources)
         self.static: list[Tensor] = []  # what the graph reads its inputs from
         self.outputs: list[Tensor] = []  # what it writes
+        self.mutated: list[int] = []  # inputs that the captured function writes to in place
         self.graph: Graph | None = None
         self.plan: Any = None  # how outputs become a result
         self.places: list[Any] = []
@@ -161,6 +168,12 @@ class Entry:
         """Runs the graph on the inputs that its buffers hold."""
         self.graph.replay()  # type: ignore[union-attr]
         self.replays += 1
+
+    def write_back(self, values: list[Tensor]) -> None:
+        """Gives the caller's tensors what the captured function writes to its inputs."""
+        with torch.no_grad():
+            for i in self.mutated:
+                values[i].copy_(self.static[i])
 
     def copies(self) -> list[Tensor]:
         """The outputs, each in memory of its own."""
@@ -297,11 +310,15 @@ def _collection_held_off() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fresh_casts() -> Iterator[None]:
+def _fresh_casts(device_type: str) -> Iterator[None]:
     """Casts of parameters are made in the graph.
 
     Autocast otherwise keeps those of an earlier run, and a replay would not see an update.
     """
+    if not _is_autocast(device_type):
+        # The switch is one of the things that a compiled function is compiled for.
+        yield
+        return
     enabled = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     torch.clear_autocast_cache()
@@ -311,15 +328,17 @@ def _fresh_casts() -> Iterator[None]:
         torch.set_autocast_cache_enabled(enabled)
 
 
-class _Recompile(RuntimeError):
-    pass
-
-
 @contextlib.contextmanager
-def _compilation_refused() -> Iterator[None]:
-    """Raises where this thread would compile; other threads go on."""
+def _compilation_refused() -> Iterator[list[str]]:
+    """Raises where this thread would compile; other threads go on.
+
+    Yields:
+        a list that is no longer empty once that has happened: the compiler raises an error of its
+        own, without saying from which one it came.
+    """
+    refused: list[str] = []
     if "torch._dynamo" not in sys.modules:
-        yield
+        yield refused
         return
     from torch._dynamo.callback import callback_handler
 
@@ -327,11 +346,15 @@ def _compilation_refused() -> Iterator[None]:
 
     def refuse(*_: Any) -> None:
         if threading.get_ident() == thread:
-            raise _Recompile
+            refused.append(
+                "torch.compile would compile during the capture, although the same call ran before "
+                "it. Raise warmup, and see TORCH_LOGS=recompiles for what is compiled each time."
+            )
+            raise RuntimeError(refused[0])
 
     callback_handler.register_start_callback(refuse)
     try:
-        yield
+        yield refused
     finally:
         callback_handler.remove_start_callback(refuse)
 
@@ -383,26 +406,18 @@ def capture(
     Raises:
         GraphError: if it cannot be captured.
     """
-    with _capture_lock, within(), _fresh_casts():
+    refused: list[str] = []
+    with _capture_lock, within(), _fresh_casts(backend.device.type):
         try:
-            with _collection_held_off(), _compilation_refused():
+            with _collection_held_off(), _compilation_refused() as refused:
                 return backend.capture(run, generators)
         except GraphError as err:
             raise GraphError(f"{name} cannot be captured: {err}") from None
         except Exception as err:
-            raise GraphError(f"{name} cannot be captured: {_reason(err)}") from err
-
-
-def _reason(err: BaseException | None) -> str:
-    text = f"{type(err).__name__}: {err}"
-    while err is not None:
-        if isinstance(err, _Recompile):
-            return (
-                "torch.compile would compile during the capture, although the same call ran before "
-                "it. Raise warmup, and see TORCH_LOGS=recompiles for what is compiled each time."
-            )
-        err = err.__cause__ or err.__context__
-    return f"the captured operations raised {text}"
+            reason = f"the captured operations raised {type(err).__name__}: {err}"
+            raise GraphError(
+                f"{name} cannot be captured: {refused[0] if refused else reason}"
+            ) from err
 
 
 def warm_up(backend: Backend, run: Callable[[], Result]) -> Result:
@@ -410,7 +425,7 @@ def warm_up(backend: Backend, run: Callable[[], Result]) -> Result:
 
     Kernels are compiled and workspaces allocated at first use, which cannot be captured.
     """
-    with within(), _fresh_casts():
+    with within(), _fresh_casts(backend.device.type):
         return backend.aside(run)
 
 

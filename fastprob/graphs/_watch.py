@@ -77,6 +77,8 @@ class Watch:
         # A module without children that gets one as a rule loses a parameter to it, which shows.
         self._children = [m._modules for m in self.modules if len(m._modules) > 0]
         self._dicts = [m.__dict__ for m in self.modules]
+        # The wrapper that torch.compile puts around a module has no flag of its own.
+        self._flagged = [d for d in self._dicts if "training" in d]
         self._tensors = [d for m in self.modules for d in (m._parameters, m._buffers) if len(d) > 0]
         self._loose = list(self._loose_tensors())
         self._getters = list(self._configuration_getters())
@@ -124,7 +126,7 @@ class Watch:
         try:
             state = (
                 list(_from_iterable(map(_values, self._children))),
-                list(map(_training, self._dicts)),
+                list(map(_training, self._flagged)),
                 [get(holder) for get, holder in self._getters],
             )
             # Identical elements count as equal without being looked at: 0.1 us for 40 of them.
@@ -142,7 +144,7 @@ class Watch:
             values = [get(holder) for get, holder in self._getters]
         except KeyError:
             return None
-        flags = list(map(_training, self._dicts))
+        flags = list(map(_training, self._flagged))
         ids = tuple(map(id, (*flags, *_from_iterable(values))))
         self._number, _ = self._settings.setdefault(ids, (len(self._settings), values))
         self._state = (list(self._structure), flags, values)

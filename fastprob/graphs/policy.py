@@ -26,6 +26,7 @@ from fastprob.graphs._table import (
     nesting,
     put_back,
     surroundings,
+    versions,
     warm_up,
 )
 from fastprob.graphs._watch import Settings, Watch
@@ -60,7 +61,6 @@ class _Plan:
         self.constants: list[tuple[Any, Any]] = []  # entries that are no tensors
         self.passed: list[tuple[Any, int]] = []  # entries of such a result that are inputs
         self.deleted: list[Any] = []
-        self.mutated: list[int] = []  # inputs that the policy writes to in place
         self.uses: list[int] = []  # of each output's memory, by nobody else
 
 
@@ -470,10 +470,10 @@ class CudaGraphPolicy(TensorDictModuleBase):
                 if problem is not None:
                     raise GraphError(f"{name} cannot be captured: {problem}")
             entry.places, entry.held = watch.places(), watch.held()
-            versions = [_version(t) for t in static]
+            before = versions(static)
             entry.graph, (given, out, result) = capture(backend, run, generators, name)
         entry.plan = self._new_plan(entry, keys, given, out, result)
-        entry.plan.mutated = [i for i, t in enumerate(static) if _version(t) != versions[i]]
+        entry.mutated = [i for i, v in enumerate(versions(static)) if v != before[i]]
 
     def _new_plan(self, entry: Entry, keys: list[Any], given: Any, out: Any, result: Any) -> _Plan:
         name = self._policy_name()
@@ -528,10 +528,8 @@ class CudaGraphPolicy(TensorDictModuleBase):
                 plan.uses = [_uses(t) for t in entry.outputs]
             # An alias, so that nobody can resize the buffer, and that its use can be counted.
             outputs = [t.detach() for t in entry.outputs]
-        if plan.mutated:
-            with torch.no_grad():
-                for i in plan.mutated:
-                    values[i].copy_(entry.static[i])
+        if entry.mutated:
+            entry.write_back(values)
         target = tensordict
         if plan.skeleton is not None:
             target = plan.skeleton.copy()
@@ -583,11 +581,6 @@ def _uses(tensor: Tensor) -> int:
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was written to; inference tensors do not count it."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _skeleton(tensordict: Any, keys: Sequence[Any]) -> TensorDict:

@@ -25,6 +25,7 @@ from fastprob.graphs._table import (
     leaf_keys,
     nesting,
     surroundings,
+    versions,
     warm_up,
 )
 from fastprob.graphs._watch import Settings, Watch
@@ -194,6 +195,8 @@ class CudaGraphStep:
                     entry.run(values)
                     for _ in range(times - 1):
                         entry.replay()
+                    if entry.mutated:
+                        entry.write_back(values)
                     return self._deliver(entry)
         return self._direct(times, given)
 
@@ -280,7 +283,9 @@ class CudaGraphStep:
         arguments = _rebuild(given, iter(static))
         generators = [*watch.generators(), *self._generators]
         entry.places, entry.held = watch.places(), watch.held()
+        before = versions(static)
         entry.graph, result = capture(backend, lambda: self._direct(1, arguments), generators, name)
+        entry.mutated = [i for i, v in enumerate(versions(static)) if v != before[i]]
         entry.outputs = []
         _flatten(result, [], entry.outputs)
         if any(t.requires_grad for t in entry.outputs):
