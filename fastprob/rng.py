@@ -29,6 +29,9 @@ from tensordict.tensorclass import is_non_tensor
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from fastprob.counter import CounterStream
+from fastprob.reference import philox
+
 _is_compiling = torch.compiler.is_compiling
 _contiguous = torch.contiguous_format
 
@@ -49,6 +52,8 @@ def standard_normal(
     Raises:
         TypeError: if the dtype of `like` is not a floating-point one.
     """
+    if generator is not None and isinstance(generator, CounterStream):
+        return _on(like, generator).standard_normal(shape, _floats(like))
     if _is_compiling():
         return _compiled_normal(shape, like, generator)
     if generator is None and shape == like.shape:
@@ -82,8 +87,32 @@ def standard_normal_like(like: Tensor) -> Tensor:
 
 
 def normal_filler(generator: torch.Generator | None) -> Callable[[Tensor], Tensor]:
-    """What draws standard normal noise into a buffer, in place, and returns the buffer."""
+    """What draws standard normal noise into a buffer, in place, and returns the buffer.
+
+    Not for a `CounterStream`, of which two draws do not continue each other.
+    """
     return lambda buffer: buffer.normal_(generator=generator)
+
+
+def counted(generator: Any) -> bool:
+    """Whether the noise comes from a `CounterStream`."""
+    return generator is not None and isinstance(generator, CounterStream)
+
+
+def _on(like: Tensor, stream: CounterStream) -> CounterStream:
+    """The stream, if it draws where `like` is."""
+    if stream.device != like.device:
+        raise ValueError(
+            f"the CounterStream is on {stream.device} and the parameters are on {like.device}; "
+            "move the stream there, or the module that holds it"
+        )
+    return stream
+
+
+def _floats(like: Tensor) -> torch.dtype:
+    if not like.dtype.is_floating_point:
+        raise _needs_floats(like)
+    return like.dtype
 
 
 def _needs_floats(like: Tensor) -> TypeError:
@@ -95,6 +124,8 @@ def _needs_floats(like: Tensor) -> TypeError:
 
 def exponential(shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Exponential noise of rate 1, `shape`, in the dtype of `like` and on its device."""
+    if isinstance(generator, CounterStream):
+        return -torch.log(_on(like, generator).uniform(shape, like.dtype))
     if _is_compiling() and (generator is not None or like.is_cpu):
         return _draw_compiled(_ops.exponential, generator, list(shape), like)
     return _buffer(shape, like).exponential_(1.0, generator=generator)
@@ -108,6 +139,9 @@ def uniform(
     high: float = 1.0,
 ) -> Tensor:
     """Uniform noise in `[low, high)`, `shape`, in the dtype of `like` and on its device."""
+    if isinstance(generator, CounterStream):
+        unit = _on(like, generator).uniform(shape, like.dtype)
+        return unit.mul_(high - low).add_(low).clamp_(low, high)
     if _is_compiling() and (generator is not None or like.is_cpu):
         return _draw_compiled(_ops.uniform, generator, list(shape), like, low, high)
     return _buffer(shape, like).uniform_(low, high, generator=generator)
@@ -115,6 +149,8 @@ def uniform(
 
 def bernoulli(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     """1 with probability `probs` and 0 otherwise, of the shape and dtype of `probs`."""
+    if isinstance(generator, CounterStream):
+        return philox.bernoulli(_on(probs, generator).take(), probs)
     if _is_compiling() and (generator is not None or probs.is_cpu):
         return _draw_compiled(_ops.bernoulli, generator, probs)
     return torch.bernoulli(probs, generator=generator)
@@ -122,6 +158,13 @@ def bernoulli(probs: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def multinomial(probs: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """`count` indices a row with replacement, int64 `[rows, count]`, of weights `[rows, n]`."""
+    if isinstance(generator, CounterStream):
+        # By inverse: the first index whose cumulated weight exceeds a part of the whole.
+        below = probs.cumsum(-1)
+        part = _on(probs, generator).uniform((probs.shape[0], count), probs.dtype)
+        index = torch.searchsorted(below, part * below[:, -1:], right=True)
+        last = (probs > 0).mul(torch.arange(probs.shape[1], device=probs.device)).amax(-1)
+        return torch.minimum(index, last.unsqueeze(-1))
     if _is_compiling() and (generator is not None or probs.is_cpu):
         return _draw_compiled(_ops.multinomial, generator, probs, count)
     return torch.multinomial(probs, count, True, generator=generator)
@@ -129,6 +172,12 @@ def multinomial(probs: Tensor, count: int, generator: torch.Generator | None) ->
 
 def dirichlet(concentration: Tensor, generator: torch.Generator | None) -> Tensor:
     """Points of the simplex, of the shape and dtype of `concentration`, without gradients."""
+    if isinstance(generator, CounterStream):
+        # ATen's sampler rejects: it needs a generator. Each draw gets one of its own, of a seed
+        # that the stream gives.
+        seed, call = _on(concentration, generator).take().unbind()
+        state = _ops.seeded.default(philox.fold(seed, call))
+        return _ops.dirichlet.state(concentration, state)[0]
     if _is_compiling() and (generator is not None or concentration.is_cpu):
         return _draw_compiled(_ops.dirichlet, generator, concentration)
     return torch._sample_dirichlet(concentration, generator)  # type: ignore[attr-defined]
@@ -334,6 +383,11 @@ def global_stream_from(generator: torch.Generator | None) -> Iterator[None]:
     if generator is None:
         yield
         return
+    if isinstance(generator, CounterStream):
+        raise TypeError(
+            "a distribution that fastprob does not know draws from torch's generators, not from a "
+            "CounterStream; give a seed or a torch.Generator as generator="
+        )
     if _is_compiling():
         raise RuntimeError(
             "a distribution that fastprob does not know draws from torch's default generator, "
@@ -374,7 +428,7 @@ class Stream:
 
     def __init__(
         self,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | CounterStream | None = None,
         seed: int | None = None,
         key: NestedKey | None = None,
     ) -> None:
@@ -393,7 +447,9 @@ class Stream:
     def __getstate__(self) -> dict[str, Any]:
         generator, loaded = self.generator, self._loaded
         return {
-            "generator": None if generator is None else _Portable.of(generator),
+            "generator": _Portable.of(generator)
+            if isinstance(generator, torch.Generator)
+            else generator,
             "seed": self.seed,
             "key": self.key,
             "_loaded": None if loaded is None else bytes(loaded.tolist()),
@@ -430,8 +486,11 @@ class Stream:
         self.generator = None
 
     def state(self) -> Tensor | None:
-        """What resumes this stream bit by bit, uint8; None where the tensordict holds it."""
-        if self.key is not None:
+        """What resumes this stream bit by bit, uint8.
+
+        None where the tensordict holds it, or a `CounterStream`, which saves itself.
+        """
+        if self.key is not None or isinstance(self.generator, CounterStream):
             return None
         if self.generator is not None:
             return self.generator.get_state().clone()
@@ -461,8 +520,13 @@ class Stream:
         else:
             _restore(self.generator, state)
 
-    def fold(self, index: int) -> None:
+    def fold(self, index: int, made: dict[int, torch.Generator]) -> None:
         """Replaces this stream by the one that `fold_in` gives for an index.
+
+        Args:
+            index: of the rank or worker.
+            made: the new generators of the streams before, by the `id` of the old one: streams that
+                share a generator go on sharing one.
 
         Raises:
             ValueError: if the tensordict holds the seed: that one is to be folded.
@@ -475,8 +539,17 @@ class Stream:
         if self.seed is not None:
             self.seed = fold_in(self.seed, index)
             self.generator = self._loaded = None
-        else:
-            self.generator = fold_in(self.generator, index)
+            return
+        old = self.generator
+        if id(old) not in made:
+            if isinstance(old, CounterStream):
+                # In place: it is a child of the modules that it serves.
+                with torch.no_grad():
+                    old.state.copy_(old.fold_in(index).state)
+                made[id(old)] = old  # type: ignore[assignment]
+            else:
+                made[id(old)] = fold_in(old, index)
+        self.generator = made[id(old)]
 
     @classmethod
     def read(cls, value: Any) -> Stream | None:
@@ -487,15 +560,15 @@ class Stream:
         """
         if value is None:
             return None
-        if isinstance(value, torch.Generator):
+        if isinstance(value, (torch.Generator, CounterStream)):
             return cls(generator=value)
         if isinstance(value, int) and not isinstance(value, bool):
             return cls(seed=value)
         if isinstance(value, (str, tuple)):
             return cls(key=unravel_key(value))
         raise TypeError(
-            "generator must be a torch.Generator, an int seed, a key of the tensordict, or None; "
-            f"got {type(value).__name__}"
+            "generator must be a torch.Generator, a CounterStream, an int seed, a key of the "
+            f"tensordict, or None; got {type(value).__name__}"
         )
 
     def open(
@@ -516,6 +589,8 @@ class Stream:
             TypeError: if the key holds something that is no generator and no seed.
         """
         if self.key is None:
+            if isinstance(self.generator, CounterStream):
+                return self.generator, None  # type: ignore[return-value]
             if _is_compiling():
                 # Stands for its generator: the graph looks it up when it runs.
                 return self, None  # type: ignore[return-value]
@@ -641,13 +716,13 @@ def fold_in(source: Any, index: int) -> Any:
 
     Args:
         source: an int seed; a tensor of int64 seeds, of any shape and on any device, which is not
-            looked at; a `torch.Generator`, whose initial seed counts; or a module, whose streams
-            and those of its children are replaced in place.
+            looked at; a `torch.Generator`, whose initial seed counts; a `CounterStream`; or a
+            module, whose streams and those of its children are replaced in place.
         index: of the rank or worker, from 0 to 2^32 - 1.
 
     Returns:
-        a seed of 63 bits, likewise as a tensor, a new generator on the same device, or the module
-        itself. The int and the tensor of a seed give the same.
+        a seed of 63 bits, likewise as a tensor, a new generator or stream on the same device, or
+        the module itself. The int and the tensor of a seed give the same.
 
     Raises:
         ValueError: if the index is out of range, or a module's seed is in the tensordict.
@@ -658,11 +733,14 @@ def fold_in(source: Any, index: int) -> Any:
     """
     if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index <= _LOW:
         raise ValueError(f"index must be an int from 0 to 2^32 - 1, got {index!r}")
+    if isinstance(source, CounterStream):
+        return source.fold_in(index)
     if isinstance(source, nn.Module):
         # A stream may serve several modules: folded once.
         streams = {id(s): s for s in (vars(m).get("_stream") for m in source.modules()) if s}
+        made: dict[int, torch.Generator] = {}
         for stream in streams.values():
-            stream.fold(index)
+            stream.fold(index, made)
         return source
     if isinstance(source, torch.Generator):
         seed = fold_in(source.initial_seed(), index)
@@ -672,7 +750,7 @@ def fold_in(source: Any, index: int) -> Any:
     if isinstance(source, int) and not isinstance(source, bool):
         return _fold(source, index)
     raise TypeError(
-        "fold_in takes an int seed, an int64 tensor of seeds, a torch.Generator or a module, got "
+        "fold_in takes an int seed, an int64 tensor of seeds, a generator or a module, got "
         + (f"a tensor of {source.dtype}" if isinstance(source, Tensor) else type(source).__name__)
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import warnings
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from torch import distributions as D
 
 import fastprob as fp
 from fastprob import distributions as fpd
+from fastprob.counter import CounterStream
 from fastprob.rng import exponential, fold_in, standard_normal
 from tests._modules import (
     assert_same,
@@ -39,6 +41,10 @@ def logits_td(*batch):
 
 def uniform(loc, scale):
     return D.Independent(D.Uniform(loc, loc + scale), 1)
+
+
+def made(names, *batch):
+    return TensorDict({n: torch.rand(*batch, 5) + 0.5 for n in names}, batch_size=batch)
 
 
 COMPOSITE = {"distribution_map": {"a": D.Normal, "b": D.Categorical}}
@@ -486,6 +492,127 @@ def test_under_compile_an_unknown_distribution_takes_no_generator():
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match=r"a distribution that fastprob does not know"):
         compiled(normal_td(4))
+
+
+# --- a CounterStream ---
+
+
+COUNTED = {
+    **{n: c for n, c in CASES.items() if n != "unknown to fastprob"},
+    **{
+        name: (
+            {"in_keys": list(params), "distribution_class": cls},
+            functools.partial(made, params),
+        )
+        for name, cls, params in (
+            ("tanh normal", "TanhNormal", ("loc", "scale")),
+            ("bernoulli", D.Bernoulli, ("logits",)),
+            ("beta", D.Beta, ("concentration1", "concentration0")),
+        )
+    },
+    "truncated normal": (
+        {
+            "distribution_class": "TruncatedNormal",
+            "distribution_kwargs": {"low": -1.0, "high": 1.0},
+        },
+        normal_td,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_a_counter_stream_compiled_and_eager_and_resumed(name):
+    kwargs, make = COUNTED[name]
+    td = make(4)
+    eager, other, later = (
+        head(default_interaction_type="random", generator=CounterStream(7), **kwargs) for _ in "abc"
+    )
+    torch._dynamo.reset()
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    with global_state_untouched(), torch.no_grad():
+        results = [[call(td.copy()) for _ in range(3)] for call in (eager, compiled)]
+    for ours, theirs in zip(*results, strict=True):
+        assert_same(ours, theirs)
+    assert torch.equal(eager.generator.state, other.generator.state)
+    drawn = "a" if name == "composite" else "action"
+    assert not torch.equal(results[0][0][drawn], results[0][1][drawn])
+    later.load_state_dict(other.state_dict())
+    assert list(later.state_dict()) == ["counter_stream.state"]
+    assert_same(later(td.copy()), eager(td.copy()))
+
+
+def test_a_counter_stream_draws_the_distribution():
+    """Shares of 40,000 draws; 5 standard deviations are 0.0125 at most."""
+    n = 40_000
+    weights = torch.tensor([0.1, 0.0, 0.6, 0.3])
+    stream = CounterStream(3)
+    for module, size in (
+        (head(in_keys=["probs"], distribution_class=D.Categorical, generator=stream), n),
+        (
+            head(
+                in_keys=["probs"], distribution_class=D.Categorical, generator=stream, num_samples=n
+            ),
+            1,
+        ),
+    ):
+        td = TensorDict(probs=weights.expand(size, 4), batch_size=[size])
+        drawn = module(td, interaction_type="random")["action"].flatten()
+        shares = torch.bincount(drawn, minlength=4) / n
+        assert shares[1] == 0
+        torch.testing.assert_close(shares, weights, rtol=0, atol=0.0125)
+    beta = head(
+        in_keys=["concentration1", "concentration0"], distribution_class=D.Beta, generator=stream
+    )
+    td = TensorDict(concentration1=torch.full((n,), 2.0), concentration0=torch.ones(n))
+    value = beta(td, interaction_type="random")["action"]
+    assert abs(float(value.mean()) - 2 / 3) < 0.0125
+    assert abs(float(value.var()) - 1 / 18) < 0.002
+
+
+def test_a_large_draw_of_a_counter_stream_is_one_draw():
+    """Eager draws of this size are made in pieces, which would be several draws of a stream."""
+    td = normal_td(65536, event=16)
+    for cls in ("IndependentNormal", "TanhNormal"):
+        stream = CounterStream(1)
+        module = head(distribution_class=cls, generator=stream, return_log_prob=True)
+        with torch.no_grad():
+            value = module(td.copy(), interaction_type="random")["action"]
+        assert stream.state.tolist() == [1, 1]
+        noise = CounterStream(1).standard_normal((65536, 16))
+        expected = td["loc"] + noise * td["scale"]
+        expected = expected.tanh() if cls == "TanhNormal" else expected
+        torch.testing.assert_close(value, expected)
+
+
+def test_a_counter_stream_of_another_device_and_unknown_distributions():
+    module = head(generator=CounterStream(1, device="meta"), default_interaction_type="random")
+    with pytest.raises(ValueError, match=r"on meta and the parameters are on cpu"):
+        module(normal_td(4))
+    module = head(
+        generator=CounterStream(1), distribution_class=uniform, default_interaction_type="random"
+    )
+    with pytest.raises(TypeError, match=r"not from a CounterStream"):
+        module(normal_td(4))
+
+
+def test_fold_in_of_a_counter_stream():
+    td = normal_td(4)
+    shared = CounterStream(3)
+    heads = [head(generator=shared, default_interaction_type="random", out_keys=[k]) for k in "ab"]
+    policy = fold_in(fp.ProbabilisticTensorDictSequential(*heads), 2)
+    assert heads[0].generator is heads[1].generator is shared
+    direct = fold_in(CounterStream(3), 2)
+    assert torch.equal(shared.state, direct.state)
+    assert not torch.equal(shared.state, CounterStream(3).state)
+    again = head(generator=direct, default_interaction_type="random", out_keys=["a"])
+    assert torch.equal(policy(td.copy())["a"], again(td.copy())["a"])
+
+
+def test_modules_that_share_a_generator_go_on_sharing_one_when_folded():
+    shared = generator()
+    heads = [head(generator=shared, default_interaction_type="random", out_keys=[k]) for k in "ab"]
+    fold_in(fp.ProbabilisticTensorDictSequential(*heads), 2)
+    assert heads[0].generator is heads[1].generator is not shared
 
 
 # --- stop and resume ---

@@ -126,7 +126,7 @@ class TanhNormal(Fused):
 
     def _draw(self, shape, generator, score, pathwise):
         loc, scale = self.loc, self.scale
-        if score and not shape and not torch.is_grad_enabled():
+        if score and not shape and not torch.is_grad_enabled() and not rng.counted(generator):
             rows = rows_per_piece(loc, scale, self._ndims)
             if rows and isinstance(self._bounds.half, float):
                 fill = rng.normal_filler(generator)
