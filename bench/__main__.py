@@ -24,6 +24,9 @@ examples:
   python -m bench --quick            the same, shortened for CI (< 30 s), nothing written
   python -m bench calls              times of single calls, and the targets met and missed
   python -m bench calls --null       upstream against itself: the error of the timer
+  python -m bench loops              PPO and SAC, three seeds a side
+  python -m bench gpu --out DIR      on a machine with a GPU: tests, then all its figures
+  python -m bench report             write README.md's tables from the result files
 
 The exit status is 0 only where every check of correctness passed; a missed speed target is printed
 and does not change it.
@@ -56,6 +59,25 @@ COMMANDS: dict[str, Command] = {
         "bench.loops.compare",
         "three training loops, upstream beside fastprob",
         options.add_loops_arguments,
+    ),
+    "scaling": Command(
+        "bench.scaling",
+        "cost over batch size and over the width of a row, upstream beside fastprob",
+        options.add_scaling_arguments,
+    ),
+    "gpu": Command(
+        "bench.gpu",
+        "all that needs a GPU, in 8 minutes, the tests first",
+        options.add_gpu_arguments,
+    ),
+    "graphs": Command(
+        "bench.graphs", "policies and rollouts as CUDA graphs; without a GPU, the host's part"
+    ),
+    "report": Command(
+        "bench.report", "write README.md's tables from bench/results/", options.add_report_arguments
+    ),
+    "kernels": Command(
+        "bench.kernels", "Triton kernels against a copy; without a GPU, their machine code"
     ),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,12 @@ def run(args: argparse.Namespace) -> int:
         print("--device cuda: no GPU here")
         return 2
     torch.set_num_threads(args.threads)
-    plan = Plan(device, args.quick, args.provider, args.shape)
+    limit = math.inf if args.limit is None else args.limit
+    plan = Plan(device, args.quick, args.provider, args.shape, limit)
     cases = [CASES[name] for name in args.case or CASES]
     if args.quick and not args.case:
         cases = [case for case in cases if case.quick]
-    cut = args.quick or args.null or args.case or args.provider or args.shape
+    cut = args.quick or args.null or args.case or args.provider or args.shape or args.limit
     folder = args.out or (None if cut else results.default_folder(device))
     return report(cases, plan, args.null, folder, args.threads)
 
@@ -177,12 +178,13 @@ def _measure_one(case: Case, shape: Shape, sides: Sides, plan: Plan, threads: in
         timings = interleave(
             calls,
             budget_s=_budget(case, shape, plan, len(names)),
-            meter=CudaMeter() if cuda else CpuMeter(_clock(threads)),
+            meter=CudaMeter() if cuda else CpuMeter(clock_of(threads)),
         )
     return Row(case, shape, timings, refused, missing)
 
 
-def _clock(threads: int) -> Any:
+def clock_of(threads: int) -> Callable[[], int]:
+    """CPU time of the calling thread, or the clock where there are others."""
     return time.thread_time_ns if threads == 1 else time.perf_counter_ns
 
 
@@ -393,6 +395,14 @@ def as_json(rows: list[Row], judged: list[Judged], device: str = "cpu") -> dict[
                     name: ratio(timing, row.timings["fastprob"]).as_dict()
                     for name, timing in row.timings.items()
                     if "fastprob" in row.timings and name != "fastprob"
+                },
+                # Of the same form: upstream compiled ÷ fastprob compiled, and so on.
+                "upstream_to_fastprob": {
+                    form.strip(): ratio(
+                        row.timings[f"upstream{form}"], row.timings[f"fastprob{form}"]
+                    ).as_dict()
+                    for form in _FORMS
+                    if {f"upstream{form}", f"fastprob{form}"} <= row.timings.keys()
                 },
                 "refused": row.refused,
                 "missing": row.missing,

@@ -89,7 +89,7 @@ def verify(problem: Problem, provider: Provider, name: str) -> None:
                     if first is not None and torch.equal(first[key], got[key]):
                         raise WrongResult(f"{name}: the same {key} under two seeds")
         for key, expected in want.items():
-            _compare(name, key, got, expected)
+            compare(name, key, got, expected)
         # A provider may write into the same buffer at its next call.
         first = {key: value.clone() for key, value in got.items()}
 
@@ -158,7 +158,12 @@ def check_noise(
     return list(dict.fromkeys(random))
 
 
-def _compare(name: str, key: str, got: dict[str, Tensor], expected: Expected) -> None:
+def compare(name: str, key: str, got: Mapping[str, Tensor], expected: Expected) -> None:
+    """Compares one entry of a provider's results with the reference's.
+
+    Raises:
+        WrongResult: if it is missing, of another shape, NaN, or off by more than the tolerance.
+    """
     if key not in got:
         raise WrongResult(f"{name} returned {sorted(got)}; {key!r} is missing")
     value = got[key].double()

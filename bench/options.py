@@ -58,6 +58,12 @@ def add_calls_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROWSxWIDTH",
         help="only this shape of each case; may be repeated",
     )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help="begin no further case after this many seconds, and say which are left out",
+    )
     _add_device(parser)
     parser.add_argument(
         "--null",
@@ -76,6 +82,29 @@ def add_loops_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="compile policies and losses")
     parser.add_argument("--cudagraphs", action="store_true", help="capture policies and updates")
     _add_device(parser)
+
+
+def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``scaling``."""
+    add_common_arguments(parser)
+    _add_device(parser)
+
+
+def add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``gpu``."""
+    add_common_arguments(parser)
+    parser.add_argument(
+        "--part",
+        choices=("gate", "calls", "kernels", "graphs", "loops"),
+        help="only this part",
+    )
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``report``."""
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; fail where README.md is out of date"
+    )
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:

@@ -78,3 +78,39 @@ def loop_curves(
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
     return _save(figure, path)
+
+
+def scaling_curves(path: Path, points: Sequence[Mapping[str, Any]]) -> Path:
+    """Draws a panel for each family and axis: time of a call over size, both logarithmic.
+
+    Args:
+        path: where the PNG is written; its folder is made.
+        points: those of ``scaling.json``.
+    """
+    families = list(dict.fromkeys(point["family"] for point in points))
+    axes_names = list(dict.fromkeys(point["axis"] for point in points))
+    figure = _figure(4 * len(families), 3.4 * len(axes_names))
+    panels = figure.subplots(len(axes_names), len(families), squeeze=False)
+    for i, axis in enumerate(axes_names):
+        for j, family in enumerate(families):
+            panel = panels[i][j]
+            here = [p for p in points if p["family"] == family and p["axis"] == axis]
+            for name in dict.fromkeys(name for p in here for name in p["providers"]):
+                with_it = [p for p in here if name in p["providers"]]
+                side = name.partition(" ")[0]
+                color, line = STYLES.get(side, ("tab:green", ":"))
+                if name not in STYLES and side in STYLES:
+                    line = ":"
+                panel.loglog(
+                    [p["at"] for p in with_it],
+                    [p["providers"][name]["p50"] for p in with_it],
+                    color=color,
+                    linestyle=line,
+                    marker=".",
+                    label=name,
+                )
+            fixed = "rows of 8" if axis == "rows" else "width of 256 rows"
+            panel.set(xlabel=fixed, ylabel="µs a call", title=family)
+            panel.grid(alpha=0.3, which="both")
+            panel.legend()
+    return _save(figure, path)

@@ -70,7 +70,10 @@ def _values(expected: Mapping[str, Expected]) -> Tensors:
 
 
 def score_of(
-    score: Callable[[Tensor], Tensor], value: Tensor, free: Tensor | None = None
+    score: Callable[[Tensor], Tensor],
+    value: Tensor,
+    free: Tensor | None = None,
+    eps: float = EPS,
 ) -> Expected:
     """The score of a value that a provider returned, and what its rounding allows.
 
@@ -81,6 +84,7 @@ def score_of(
         score: in float64.
         value: as returned.
         free: rows whose value was not projected, the only ones that can be scored; None for all.
+        eps: of the dtype in which the value was returned.
     """
     x = value.detach().double().requires_grad_(value.is_floating_point())
     with torch.enable_grad():
@@ -88,7 +92,7 @@ def score_of(
         slope = torch.zeros_like(x)
         if scored.requires_grad:
             (slope,) = torch.autograd.grad(scored.sum(), x)
-    moved = 4 * EPS * x.detach().abs().clamp(min=1.0) * slope.abs().nan_to_num(0.0)
+    moved = 4 * eps * x.detach().abs().clamp(min=1.0) * slope.abs().nan_to_num(0.0)
     scored = scored.detach()
     if moved.ndim > scored.ndim:
         moved = moved.sum(-1)

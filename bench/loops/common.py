@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -297,6 +298,8 @@ def evaluate(
 ) -> list[float]:
     """Plays episodes in gymnasium's own environment, with deterministic actions.
 
+    Where gymnasium is not installed, in the same environment in tensors.
+
     Args:
         policy: writes ``"action"``.
         name: of the environment.
@@ -309,7 +312,8 @@ def evaluate(
     Returns:
         the return of each environment's first episode.
     """
-    env = Gymnasium(name, episodes, seed, device)
+    installed = importlib.util.find_spec("gymnasium") is not None
+    env = (Gymnasium if installed else Tensors)(name, episodes, seed, device)
     total = torch.zeros(episodes, device=device)
     running = torch.ones(episodes, dtype=torch.bool, device=device)
     with set_interaction_type(InteractionType.DETERMINISTIC):
@@ -320,7 +324,8 @@ def evaluate(
             _, reward, terminated, truncated = env.step(action if act is None else act(action))
             total += reward * running
             running &= ~(terminated | truncated)
-    env.close()
+    if isinstance(env, Gymnasium):
+        env.close()
     return total.tolist()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench import results
+from bench import plot, results
 from bench.console import make_console, make_progress, make_table
 from bench.loops import ppo_continuous, ppo_discrete, sac
 from bench.loops.common import Flags, Run
@@ -82,7 +82,7 @@ LOOPS: dict[str, Loop] = {
             sac.train,
             sac.Settings(),
             -250.0,
-            {"iterations": 9, "random": 2, "burn_in": 3, "episodes": 2, "batch": 32},
+            {"iterations": 9, "random": 2, "burn_in": 3, "episodes": 2, "updates": 1},
         ),
     )
 }
@@ -152,11 +152,7 @@ def report(loops: list[Loop], seeds: Sequence[int], flags: Flags, folder: Path |
         path = results.write(folder / "loops.json", as_json(compared, flags.device))
         console.print(f"written: {results.shown(path)}")
         try:
-            from bench.plot import loop_curves
-        except ImportError:
-            console.print("no curves: matplotlib is not installed")
-        else:
-            shown = loop_curves(
+            shown = plot.loop_curves(
                 folder / "loops.png",
                 {
                     c.loop.name: {
@@ -166,6 +162,9 @@ def report(loops: list[Loop], seeds: Sequence[int], flags: Flags, folder: Path |
                 },
                 {c.loop.name: c.loop.goal for c in compared},
             )
+        except ModuleNotFoundError as error:
+            console.print(f"no curves: {error}")
+        else:
             console.print(f"written: {results.shown(shown)}")
     return 1 if problems else 0
 
