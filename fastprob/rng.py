@@ -432,7 +432,7 @@ class Stream:
         seed: int | None = None,
         key: NestedKey | None = None,
     ) -> None:
-        self.generator = generator
+        self.generator: Any = generator
         self.seed = seed
         self.key = key
         # A state that was loaded before there was a generator.
