@@ -14,6 +14,8 @@ if not (_here / "kernels").is_dir() and (_here.parent / "kernels" / "README.md")
     __path__.append(str(_here.parent))
 
 from fastprob.accelerate import accelerate
+from fastprob.backend import get_backend, set_backend, using_backend
+from fastprob.counter import CounterStream
 from fastprob.distributions import CompositeDistribution
 from fastprob.graphs import CudaGraphPolicy, CudaGraphStep, GraphError
 from fastprob.interaction import InteractionType, interaction_type, set_interaction_type
@@ -24,6 +26,7 @@ from fastprob.sequential import ProbabilisticTensorDictSequential
 
 __all__ = [
     "CompositeDistribution",
+    "CounterStream",
     "CudaGraphPolicy",
     "CudaGraphStep",
     "GraphError",
@@ -33,7 +36,10 @@ __all__ = [
     "SafeProbabilisticModule",
     "SafeProbabilisticTensorDictSequential",
     "accelerate",
+    "get_backend",
     "interaction_type",
     "rollout",
+    "set_backend",
     "set_interaction_type",
+    "using_backend",
 ]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributions as D
 
+from fastprob import backend
 from fastprob.distributions import IndependentNormal
 from fastprob.distributions._base import RANDOM
 from fastprob.interaction import current_type
@@ -80,6 +81,7 @@ class Straight:
             or bool(aggregate_mode()) is not module._lp.aggregate
             or (current_type() or module.default_interaction_type) is not RANDOM
             or tensordict._is_locked
+            or backend.mode == "triton"
         ):
             return False
         entries = tensordict._tensordict
