@@ -251,7 +251,7 @@ def draw_kernel(
     else:
         first = program * OWN
         start = program * TILE
-        end = total_rows * A
+        end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             cost, term = _draw_tile(
                 given, value, seed, call, start, 0, COUNT, rows, given_row, given_column,
@@ -334,7 +334,7 @@ def score_kernel(
         )  # fmt: skip
     else:
         start = program * TILE
-        end = total_rows * A
+        end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             cost, term = _score_tile(
                 given, value, start, 0, COUNT, rows,
