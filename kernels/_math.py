@@ -175,7 +175,7 @@ def normal_tail(x, FAST: tl.constexpr):
     The quotient of the two by a polynomial in (x - 4) / (x + 4), fitted so that the probability is
     off by 2e-8, or by 1e-6 of itself where that is less. From 14 on both are 0 in fp32.
     """
-    x = tl.minimum(x, 14.0)
+    x = tl.minimum(x, 40.0)
     density = exp2(x * x * -0.7213475204444817, FAST)
     t = reciprocal(x + 4.0, FAST) * -8.0 + 1.0
     p = 0.030879874 + t * (-0.0085709449 + t * (0.00041208355 + t * 0.00074127602))
@@ -187,14 +187,17 @@ def normal_tail(x, FAST: tl.constexpr):
 def normal_quantile(tail, FAST: tl.constexpr):
     """The point above which a standard normal has the probability `tail`, from 3e-10 to 1/2.
 
-    With v = 1 - 2 tail it is v times a rational function of -log(1 - v^2), fitted to a relative
+    With v = 1 - 2 tail it is v times a rational function of log2(1 - v^2), fitted to a relative
     error of 8.6e-8. Source: the form is that of Giles 2010, "Approximating the erfinv function".
     """
-    w = log(tail * (4.0 - 4.0 * tail), FAST) * -1.0
-    p = 0.01166981459 + w * (0.0009765850733 + w * 2.99369068e-05)
-    p = 1.253314258 + w * (0.4485388696 + w * (0.08863127983 + w * p))
-    q = 0.002192146377 + w * (0.000170293832 + w * 1.046754159e-06)
-    q = 1.0 + w * (0.0960850269 + w * (0.032521937 + w * q))
+    if not FAST:
+        # NumPy, which interprets it, warns of a logarithm of 0.
+        tail = tl.maximum(tail, 1e-30)
+    w = log2(tail * (4.0 - 4.0 * tail), FAST)
+    p = -0.00388633595 + w * (0.000225430114 + w * -4.78998598e-06)
+    p = 1.25331426 + w * (-0.310903453 + w * (0.0425831655 + w * p))
+    q = -0.000730038785 + w * (3.93097935e-05 + w * -1.67483489e-07)
+    q = 1.0 + w * (-0.0666010655 + w * (0.0156252627 + w * q))
     return (1.0 - 2.0 * tail) * (p * reciprocal(q, FAST))
 
 

@@ -86,6 +86,15 @@ def normals(seed, call, first, COUNT: tl.constexpr, FAST: tl.constexpr):
 
 
 @triton.jit
+def steps(seed, call, first, COUNT: tl.constexpr):
+    """The numbers of the steps that `uniforms` take the middles of, 0 to 2^23 - 1, in fp32."""
+    group = first // 4 + tl.arange(0, COUNT // 4)
+    a, b, c, d = philox(seed, call, group)
+    step = spread(a >> 9, b >> 9, c >> 9, d >> 9, COUNT)
+    return step.to(tl.int32, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def uniforms(seed, call, first, COUNT: tl.constexpr):
     """Uniforms in (0, 1) for the elements `first .. first + COUNT - 1`; `first` a multiple of 4."""
     group = first // 4 + tl.arange(0, COUNT // 4)
