@@ -20,6 +20,7 @@ from tensordict.nn import (
 
 import fastprob as fp
 from fastprob import backend as kernels
+from fastprob.counter import CounterStream
 from fastprob.graphs import RecordingBackend
 from tests._graphs import assert_like_eager, assert_same, graphed, observations, policy_of
 
@@ -89,11 +90,17 @@ def test_replays_draw_from_the_distribution():
     )
 
 
-@pytest.mark.parametrize("source", ["seed", "generator"])
+SOURCES = {
+    "seed": lambda: 5,
+    "generator": lambda: torch.Generator().manual_seed(5),
+    "counter": lambda: CounterStream(5),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_generator_draws_as_it_does_eagerly(source):
     def run(wrap):
-        generator = 5 if source == "seed" else torch.Generator().manual_seed(5)
-        policy = policy_of(generator=generator)
+        policy = policy_of(generator=SOURCES[source]())
         call = wrap(policy)
         torch.manual_seed(0)
         state = torch.get_rng_state()

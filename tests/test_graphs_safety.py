@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import doctest
 import gc
+import importlib
 import threading
 import time
 import types
@@ -21,6 +23,11 @@ from fastprob.graphs import _backend as backend_module
 from fastprob.graphs import _table as table_module
 from fastprob.graphs._backend import CudaBackend, Graph
 from tests._graphs import assert_like_eager, graphed, observations, policy_of
+
+policy_module = importlib.import_module("fastprob.graphs.policy")
+step_module = importlib.import_module("fastprob.graphs.step")
+# `fastprob.rollout` is the function.
+rollout_module = importlib.import_module("fastprob.rollout")
 
 
 @pytest.fixture(autouse=True)
@@ -371,6 +378,16 @@ def test_one_capture_at_a_time():
     assert [len(g.graphs) for g in graphs] == [1] * 4
 
 
+def test_threads_leave_the_compiler_as_it_was():
+    """Its stance is one for all threads, and is changed while operations are looked at."""
+    importlib.import_module("torch._dynamo")
+    graphs = [graphed(policy_of())[0] for _ in range(4)]
+    run_threads([lambda g=g: [g(observations(n)) for n in range(1, 6)] for g in graphs])
+    counts: list[int] = []
+    torch.compile(lambda x: x + 1, backend=counting(counts))(torch.ones(2))
+    assert len(counts) == 1
+
+
 def test_a_capture_beside_other_work():
     """A thread that computes, draws from its own generator and makes garbage meanwhile."""
     policy = policy_of()
@@ -534,6 +551,32 @@ def test_a_graph_is_looked_up_in_little_python():
         ratios.append(best_us(look) / best_us(calibration))
     # 3.1 was measured, 4.4 us; a walk over `parameters()` alone would add 7.
     assert min(ratios) < 6, ratios
+
+
+# documentation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [policy_module, step_module, rollout_module])
+def test_examples(module):
+    with torch.enable_grad():
+        results = doctest.testmod(module, raise_on_error=True)
+    assert results.attempted > 5
+
+
+def test_the_benchmark_says_that_there_is_no_gpu(capsys):
+    pytest.importorskip("torchrl")
+    from bench.__main__ import main
+
+    if torch.cuda.is_available():
+        return
+    threads = torch.get_num_threads()
+    try:
+        assert main(["graphs", "--quick"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr().out
+    assert "No GPU here" in said
+    assert "look-up of a graph" in said
 
 
 # CUDA's calls, on a fake of them ----------------------------------------------------------------

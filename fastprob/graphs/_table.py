@@ -31,7 +31,8 @@ _is_grad_enabled = torch.is_grad_enabled
 _is_inference = torch.is_inference_mode_enabled
 _is_autocast = torch.is_autocast_enabled
 
-# One capture at a time in a process: torch's own restriction.
+# One capture at a time in a process, which is torch's own restriction, and one change at a time of
+# what torch has once for all threads.
 _capture_lock = threading.RLock()
 
 
@@ -380,7 +381,9 @@ def probed(run: Callable[[], Result], device_type: str) -> tuple[Result, GraphEr
     Returns:
         its result, and an error that names the first operation which makes the host wait.
     """
-    # A compiler gives a function up for good that it meets under a dispatch mode.
+    # A compiler gives a function up for good that it meets under a dispatch mode. The stance is one
+    # for all threads, so that two of them must not take it and give it back crosswise: callers
+    # hold the lock.
     eager: Any = contextlib.nullcontext()
     if "torch._dynamo" in sys.modules:
         eager = torch.compiler.set_stance("force_eager")
@@ -431,4 +434,5 @@ def warm_up(backend: Backend, run: Callable[[], Result]) -> Result:
 
 def examined(backend: Backend, run: Callable[[], Result]) -> tuple[Result, GraphError | None]:
     """As `warm_up`, and what `probed` finds."""
-    return warm_up(backend, lambda: probed(run, backend.device.type))
+    with _capture_lock:
+        return warm_up(backend, lambda: probed(run, backend.device.type))

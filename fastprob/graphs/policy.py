@@ -119,7 +119,9 @@ class CudaGraphPolicy(TensorDictModuleBase):
         >>> from tensordict.nn import TensorDictModule, TensorDictSequential
         >>> import fastprob
         >>> net = TensorDictModule(torch.nn.Linear(3, 2), in_keys=["obs"], out_keys=["loc"])
-        >>> head = fastprob.ProbabilisticTensorDictModule(in_keys=["loc"], out_keys=["action"])
+        >>> head = fastprob.ProbabilisticTensorDictModule(
+        ...     in_keys={"param": "loc"}, out_keys=["action"]
+        ... )
         >>> policy = fastprob.CudaGraphPolicy(TensorDictSequential(net, head))
         >>> with torch.no_grad():
         ...     td = policy(TensorDict(obs=torch.zeros(4, 3), batch_size=[4]))
