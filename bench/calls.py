@@ -63,7 +63,11 @@ class Plan:
 
     def names(self, case: Case, shape: Shape) -> list[str]:
         """The providers that are timed."""
-        names = case.providers(self.device, shape)
+        names = list(case.providers(self.device, shape))
+        # Last of all: a capture that fails, as that of upstream's projection does, may leave the
+        # device in a state that the next provider would be blamed for.
+        if "upstream graph" in names:
+            names.append(names.pop(names.index("upstream graph")))
         if self.quick and self.only is None:
             return [name for name in names if name in (*providers.SIDES, providers.HAND)]
         return [name for name in names if self.only is None or name in self.only]

@@ -66,9 +66,9 @@ class PlainConsole:
 
 
 class PlainProgress:
-    """A line every few seconds, in place of a bar that is redrawn."""
+    """A line every now and then, in place of a bar that is redrawn."""
 
-    def __init__(self, every_s: float = 5.0) -> None:
+    def __init__(self, every_s: float = 15.0) -> None:
         self._every_s = every_s
         self._shown = time.monotonic()
         self._total = self._done = 0.0
@@ -114,8 +114,11 @@ def make_table(title: str = "", left: tuple[str, ...] = (), right: tuple[str, ..
 
 
 def make_progress(console: Any) -> Any:
-    """Returns a progress bar with a description that is rewritten in place."""
-    if _Console is None:
+    """Returns a progress bar with a description that is rewritten in place.
+
+    Where the output is no terminal, a line on stderr every 15 seconds.
+    """
+    if _Console is None or not console.is_terminal:
         return PlainProgress()
     return Progress(
         TextColumn("{task.description}"),

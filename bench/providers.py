@@ -125,7 +125,16 @@ def forms(
         if side == UPSTREAM:
             from tensordict.nn import CudaGraphModule
 
-            return provider(CudaGraphModule(make(side), warmup=5), same_draw=False)
+            made = provider(CudaGraphModule(make(side), warmup=5), same_draw=False)
+            # torch's checks of arguments wait for the device, which no capture can. A replay runs
+            # no Python, and makes none either.
+            checks = torch.distributions.Distribution._validate_args
+            torch.distributions.Distribution.set_default_validate_args(False)
+            try:
+                warm_up(made)
+            finally:
+                torch.distributions.Distribution.set_default_validate_args(checks)
+            return made
         import fastprob
 
         policy = getattr(fastprob, "CudaGraphPolicy", None)

@@ -356,6 +356,8 @@ def faster_policy(policy: nn.Module, flags: Flags) -> Callable[[TensorDict], Ten
     """The policy that collects: as it is, compiled, captured, or both."""
     made: Any = torch.compile(policy) if flags.compile else policy
     if flags.cudagraphs and flags.device.startswith("cuda"):
+        # torch's checks of arguments wait for the device, which no capture can.
+        torch.distributions.Distribution.set_default_validate_args(False)
         if flags.impl == "fastprob":
             import fastprob
 
