@@ -33,6 +33,7 @@ from fastprob.counter import CounterStream
 from fastprob.reference import philox
 
 _is_compiling = torch.compiler.is_compiling
+_is_exporting = torch.compiler.is_exporting
 _contiguous = torch.contiguous_format
 
 
@@ -126,7 +127,7 @@ def exponential(shape: torch.Size, like: Tensor, generator: torch.Generator | No
     """Exponential noise of rate 1, `shape`, in the dtype of `like` and on its device."""
     if isinstance(generator, CounterStream):
         return -torch.log(_on(like, generator).uniform(shape, like.dtype))
-    if _is_compiling() and (generator is not None or like.is_cpu):
+    if _is_compiling() and _opaque(generator, like):
         return _draw_compiled(_ops.exponential, generator, list(shape), like)
     return _buffer(shape, like).exponential_(1.0, generator=generator)
 
@@ -142,7 +143,7 @@ def uniform(
     if isinstance(generator, CounterStream):
         unit = _on(like, generator).uniform(shape, like.dtype)
         return unit.mul_(high - low).add_(low).clamp_(low, high)
-    if _is_compiling() and (generator is not None or like.is_cpu):
+    if _is_compiling() and _opaque(generator, like):
         return _draw_compiled(_ops.uniform, generator, list(shape), like, low, high)
     return _buffer(shape, like).uniform_(low, high, generator=generator)
 
@@ -151,7 +152,7 @@ def bernoulli(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     """1 with probability `probs` and 0 otherwise, of the shape and dtype of `probs`."""
     if isinstance(generator, CounterStream):
         return philox.bernoulli(_on(probs, generator).take(), probs)
-    if _is_compiling() and (generator is not None or probs.is_cpu):
+    if _is_compiling() and _opaque(generator, probs):
         return _draw_compiled(_ops.bernoulli, generator, probs)
     return torch.bernoulli(probs, generator=generator)
 
@@ -165,7 +166,7 @@ def multinomial(probs: Tensor, count: int, generator: torch.Generator | None) ->
         index = torch.searchsorted(below, part * below[:, -1:], right=True)
         last = (probs > 0).mul(torch.arange(probs.shape[1], device=probs.device)).amax(-1)
         return torch.minimum(index, last.unsqueeze(-1))
-    if _is_compiling() and (generator is not None or probs.is_cpu):
+    if _is_compiling() and _opaque(generator, probs):
         return _draw_compiled(_ops.multinomial, generator, probs, count)
     return torch.multinomial(probs, count, True, generator=generator)
 
@@ -178,7 +179,7 @@ def dirichlet(concentration: Tensor, generator: torch.Generator | None) -> Tenso
         seed, call = _on(concentration, generator).take().unbind()
         state = _ops.seeded.default(philox.fold(seed, call))
         return _ops.dirichlet.state(concentration, state)[0]
-    if _is_compiling() and (generator is not None or concentration.is_cpu):
+    if _is_compiling() and _opaque(generator, concentration):
         return _draw_compiled(_ops.dirichlet, generator, concentration)
     return torch._sample_dirichlet(concentration, generator)  # type: ignore[attr-defined]
 
@@ -191,8 +192,16 @@ def _buffer(shape: torch.Size, like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device)
 
 
+def _opaque(generator: Any, like: Tensor) -> bool:
+    """Whether a draw in a graph is made by an operator that the compiler does not look into.
+
+    An exported graph is to run without fastprob, and names ATen's.
+    """
+    return (generator is not None or like.is_cpu) and not _is_exporting()
+
+
 def _compiled_normal(shape: Any, like: Tensor, generator: Any) -> Tensor:
-    if generator is not None or like.is_cpu:
+    if _opaque(generator, like):
         return _draw_compiled(_ops.standard_normal, generator, list(shape), like)
     return torch.randn(shape, dtype=like.dtype, device=like.device)
 
@@ -591,6 +600,12 @@ class Stream:
         if self.key is None:
             if isinstance(self.generator, CounterStream):
                 return self.generator, None  # type: ignore[return-value]
+            if _is_exporting():
+                raise RuntimeError(
+                    "an exported graph draws from torch's default generator, or from a "
+                    "CounterStream that it carries, and cannot take the generator= of this module "
+                    "along; leave it out, or give a CounterStream"
+                )
             if _is_compiling():
                 # Stands for its generator: the graph looks it up when it runs.
                 return self, None  # type: ignore[return-value]
@@ -610,6 +625,11 @@ class Stream:
                     f"{tuple(value.shape)}"
                 )
             if _is_compiling():
+                if _is_exporting():
+                    raise RuntimeError(
+                        f"an exported graph cannot draw from the seed under {self.key!r}; leave "
+                        "generator= out, or give a CounterStream"
+                    )
                 return Seeded(value), True  # type: ignore[return-value]
             return torch.Generator(device=value.device).manual_seed(int(value)), True
         if _is_compiling() and not isinstance(value, bool):
