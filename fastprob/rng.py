@@ -128,7 +128,7 @@ def exponential(shape: torch.Size, like: Tensor, generator: torch.Generator | No
     if isinstance(generator, CounterStream):
         return -torch.log(_on(like, generator).uniform(shape, like.dtype))
     if _is_compiling() and _opaque(generator, like):
-        return _draw_compiled(_ops.exponential, generator, list(shape), like)
+        return draw_compiled(_ops.exponential, generator, list(shape), like)
     return _buffer(shape, like).exponential_(1.0, generator=generator)
 
 
@@ -144,7 +144,7 @@ def uniform(
         unit = _on(like, generator).uniform(shape, like.dtype)
         return unit.mul_(high - low).add_(low).clamp_(low, high)
     if _is_compiling() and _opaque(generator, like):
-        return _draw_compiled(_ops.uniform, generator, list(shape), like, low, high)
+        return draw_compiled(_ops.uniform, generator, list(shape), like, low, high)
     return _buffer(shape, like).uniform_(low, high, generator=generator)
 
 
@@ -153,7 +153,7 @@ def bernoulli(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     if isinstance(generator, CounterStream):
         return philox.bernoulli(_on(probs, generator).take(), probs)
     if _is_compiling() and _opaque(generator, probs):
-        return _draw_compiled(_ops.bernoulli, generator, probs)
+        return draw_compiled(_ops.bernoulli, generator, probs)
     return torch.bernoulli(probs, generator=generator)
 
 
@@ -167,7 +167,7 @@ def multinomial(probs: Tensor, count: int, generator: torch.Generator | None) ->
         last = (probs > 0).mul(torch.arange(probs.shape[1], device=probs.device)).amax(-1)
         return torch.minimum(index, last.unsqueeze(-1))
     if _is_compiling() and _opaque(generator, probs):
-        return _draw_compiled(_ops.multinomial, generator, probs, count)
+        return draw_compiled(_ops.multinomial, generator, probs, count)
     return torch.multinomial(probs, count, True, generator=generator)
 
 
@@ -180,7 +180,7 @@ def dirichlet(concentration: Tensor, generator: torch.Generator | None) -> Tenso
         state = _ops.seeded.default(philox.fold(seed, call))
         return _ops.dirichlet.state(concentration, state)[0]
     if _is_compiling() and _opaque(generator, concentration):
-        return _draw_compiled(_ops.dirichlet, generator, concentration)
+        return draw_compiled(_ops.dirichlet, generator, concentration)
     return torch._sample_dirichlet(concentration, generator)  # type: ignore[attr-defined]
 
 
@@ -202,11 +202,11 @@ def _opaque(generator: Any, like: Tensor) -> bool:
 
 def _compiled_normal(shape: Any, like: Tensor, generator: Any) -> Tensor:
     if _opaque(generator, like):
-        return _draw_compiled(_ops.standard_normal, generator, list(shape), like)
+        return draw_compiled(_ops.standard_normal, generator, list(shape), like)
     return torch.randn(shape, dtype=like.dtype, device=like.device)
 
 
-def _draw_compiled(op: Any, generator: Any, *args: Any) -> Tensor:
+def draw_compiled(op: Any, generator: Any, *args: Any) -> Tensor:
     """A draw in a graph that is being made, from one of the three sources."""
     if generator is None:
         return op.default(*args, _token)
@@ -328,7 +328,7 @@ def _register(schema: str, impl: Any, fake: Any, *tags: torch.Tag) -> None:
     torch.library.register_fake(f"fastprob::{name}", fake, lib=_library)
 
 
-def _register_draw(name: str, arguments: str, impl: Any, fake: Any) -> None:
+def register_draw(name: str, arguments: str, impl: Any, fake: Any) -> None:
     seeded = torch.Tag.nondeterministic_seeded
 
     def default(*args):
@@ -366,7 +366,7 @@ def _fake_seeded(seed):
 
 
 for _entry in _DRAWS:
-    _register_draw(*_entry)
+    register_draw(*_entry)
 _register("seeded(Tensor seed) -> Tensor", _seeded_impl, _fake_seeded)
 _register(
     "next_seed(Tensor state) -> Tensor",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprob import backend
+from fastprob import backend, rng
 from fastprob.counter import CounterStream
 
 # torch's own kernels use the same key with counters of another order. Another key keeps the two
@@ -28,7 +28,8 @@ def device_pair(x: Tensor, generator: Any) -> Tensor:
 
     Args:
         x: a parameter.
-        generator: a `CounterStream`, a `torch.Generator`, or None for torch's default one.
+        generator: a `CounterStream`, a `torch.Generator`, None for torch's default one, or what
+            stands for one of them in a graph that is being made.
 
     Raises:
         ValueError: if the stream is on another device.
@@ -36,11 +37,23 @@ def device_pair(x: Tensor, generator: Any) -> Tensor:
     if isinstance(generator, CounterStream):
         _check_device(x, generator)
         return generator.take()
+    if torch.compiler.is_compiling():
+        return rng.draw_compiled(torch.ops.fastprob.pair, generator, x)
+    return _pair(generator, x)
+
+
+def _pair(generator: torch.Generator | None, x: Tensor) -> Tensor:
     if generator is not None:
         _check_device(x, generator)
+    if x.is_cuda and not torch.cuda.is_current_stream_capturing():
+        # The same numbers as an eager call of the kernels takes.
+        return torch.tensor(host_pair(x, generator), dtype=torch.int64, device=x.device)
     return torch.randint(
         -(2**63), 2**63 - 1, (2,), generator=generator, device=x.device, dtype=torch.int64
     )
+
+
+rng.register_draw("pair", "Tensor like", _pair, lambda like: like.new_empty(2, dtype=torch.int64))
 
 
 def host_pair(x: Tensor, generator: torch.Generator | None) -> tuple[int, int]:
