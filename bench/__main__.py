@@ -50,6 +50,11 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "matrix": Command(
+        "bench.matrix",
+        "what compiles in one graph and equals eager mode, upstream beside fastprob",
+        options.add_matrix_arguments,
+    ),
     "calls": Command(
         "bench.calls",
         "times of single module calls, upstream beside fastprob",

@@ -107,6 +107,22 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_matrix_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``matrix``."""
+    add_common_arguments(parser)
+    parser.add_argument(
+        "--strength",
+        type=int,
+        default=3,
+        help="cells in which every combination of this many choices occurs (default: 3)",
+    )
+    parser.add_argument("--full", action="store_true", help="the whole product: hours")
+    parser.add_argument("--side", choices=("upstream", "fastprob"), help="only this side")
+    parser.add_argument(
+        "--backend", default="aot_eager", help="of torch.compile (default: aot_eager)"
+    )
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """What every command has: ``--quick``, ``--threads`` and ``--out``."""
     parser.add_argument("--quick", action="store_true", help="shortened for CI, nothing written")
