@@ -1,0 +1,672 @@
+"""TanhNormal with independent elements: sample, score and clamp in one pass, and backward.
+
+y = mid + half tanh(x) with x ~ Normal(loc, scale), z = (x - loc) / scale, over a row of A elements:
+
+    log p(y) = -sum(z^2 / 2 + log(scale) + log(1 - tanh(x)^2) + log(half)) - A log(2 pi) / 2
+
+With t = exp(-2 |x|) and q = 1 / (1 + t):
+
+    tanh(x) = +-(1 - t) q               1 - tanh(x)^2 = 4 t q^2
+    log(scale) + log(1 - tanh(x)^2) = log(scale q^2) - 2 |x| + log(4)
+
+which is one logarithm, exact where tanh saturates: a drawn value is scored at the x that was drawn,
+never through atanh. With g the gradient of the value, gl that of its score, u = (y - mid) / half:
+
+    drawn:     e = g half (1 - tanh(x)^2) + 2 tanh(x) gl
+               dloc = e                 dscale = e noise - gl / scale
+    detached:  that of the Normal before tanh, at x
+    given:     x = atanh(u)             dloc = gl z / scale       dscale = gl (z^2 - 1) / scale
+               dvalue = gl (2 u - z / scale) / (half (1 - u^2))
+
+Where tanh is limited to 1 - resolution, the value's gradient takes 1 - tanh(x)^2 at that limit.
+
+Source: Haarnoja et al. 2018, "Soft actor-critic", appendix C; a draw's gradient as in `normal`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastprob.kernels import _math as m
+from fastprob.kernels import _random as random
+from fastprob.kernels import _tile as tile
+from fastprob.kernels._launch import (
+    NO_STATE,
+    State,
+    bounds_of,
+    event_numel,
+    fast,
+    flat_grid,
+    fold,
+    forward_grid,
+    gradients,
+    launching,
+    parameter,
+    tail,
+)
+
+# log(2 pi) / 2 of the Normal, and log(4) of the Jacobian
+BIAS = tl.constexpr(2.305232894324563)
+# 1 minus the resolution of the dtype, rounded to it: the largest |tanh| that is let through.
+LIMITS = {
+    dtype: torch.tensor(1.0 - torch.finfo(dtype).resolution, dtype=dtype, device="cpu").item()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32)
+}
+
+
+class Interval(NamedTuple):
+    """The interval of the values, `mid + half tanh(x)`: numbers, or tensors `[A]`, contiguous.
+
+    Attributes:
+        half: half the width as a number.
+        mid: middle as a number.
+        log_half: logarithm of `half`.
+        halves: half the widths of a row's elements; None where the numbers count.
+        mids: middles likewise.
+    """
+
+    half: float = 1.0
+    mid: float = 0.0
+    log_half: float = 0.0
+    halves: Tensor | None = None
+    mids: Tensor | None = None
+
+    @property
+    def kind(self) -> int:
+        """0 for (-1, 1), 1 for numbers, 2 for tensors, as the kernels name them."""
+        if self.halves is not None:
+            return 2
+        return 0 if self.half == 1.0 and self.mid == 0.0 else 1
+
+
+UNIT = Interval()
+
+
+@triton.jit
+def _draw_tile(
+    loc, scale, value, low, high, lo, hi, halves, mids, half, mid, seed, call, start, skip, left,
+    rows, loc_row, loc_column, scale_row, scale_column,
+    A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, LOC: tl.constexpr,
+    SCALE: tl.constexpr, RANDOM: tl.constexpr, SCORE: tl.constexpr, SPAN: tl.constexpr,
+    LIMIT: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Writes the values of one tile; gives minus their scores but for constants, 0 outside."""
+    i = tl.arange(0, COUNT)
+    inside = (i >= skip) & (i < left)
+    mu = tile.load(loc, start, i, inside, 0.0, rows, loc_row, loc_column, A, COUNT, LOC, WHOLE)
+    sigma = mu
+    if RANDOM or SCORE:
+        sigma = tile.load(
+            scale, start, i, inside, 1.0, rows, scale_row, scale_column, A, COUNT, SCALE, WHOLE
+        )
+    z = tl.zeros([COUNT], tl.float32)
+    x = mu
+    if RANDOM:
+        z = random.normals(seed, call, start, COUNT, FAST)
+        x = mu + z * sigma
+    t, q = m.tanh_parts(x, FAST)
+    y = m.abs_tanh(x, (1.0 - t) * q)
+    if LIMIT < 1.0:
+        y = tl.minimum(y, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    y = m.with_sign(y, x)
+    width, middle = tile.bounds(halves, mids, half, mid, start, i, A, COUNT, SPAN)
+    if SPAN:
+        y = y * width + middle
+    if CLAMP:
+        least, most = tile.bounds(low, high, lo, hi, start, i, A, COUNT, CLAMP)
+        y = tile.clamp(y, least, most)
+    tile.store(value, start, y, i, inside, COUNT, TILE, WHOLE)
+    energy = z
+    if SCORE:
+        inner = sigma * q * q
+        if SPAN == 2:
+            inner = inner * width
+        energy = m.log(inner, FAST)
+        if RANDOM:
+            energy += z * z * 0.5
+        energy = energy - tl.abs(x) * 2.0
+        if not WHOLE:
+            energy = tl.where(inside, energy, 0.0)
+    return energy
+
+
+@triton.jit
+def _store_scores(
+    score, energy, log_half, first, total_rows,
+    A: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, OWN: tl.constexpr,
+    GATHER: tl.constexpr, SCORE: tl.constexpr, SPAN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The scores of a tile's rows, from its terms."""
+    if SCORE:
+        sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER) + A * BIAS
+        if SPAN == 1:
+            sums += log_half * A
+        tile.store_rows(score, first, -sums, total_rows, ROWS, OWN, WHOLE)
+
+
+@triton.jit(do_not_specialize=["seed", "call", "total_rows", "rows"])
+def draw_kernel(
+    loc, scale, value, score, low, high, lo, hi, halves, mids, half, mid, log_half,
+    state, used, ticket, seed, call, total_rows, rows,
+    loc_row, loc_column, scale_row, scale_column,
+    A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    OWN: tl.constexpr, GATHER: tl.constexpr, WIDE: tl.constexpr, LOC: tl.constexpr,
+    SCALE: tl.constexpr, RANDOM: tl.constexpr, SCORE: tl.constexpr, SPAN: tl.constexpr,
+    LIMIT: tl.constexpr, CLAMP: tl.constexpr, HOST: tl.constexpr, ADVANCE: tl.constexpr,
+    KEEP: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Values and scores of OWN rows; of one row, chunk by chunk, where WIDE."""
+    program = tl.program_id(0).to(tl.int64)
+    if RANDOM:
+        seed, call = random.open_state(state, seed, call, HOST)
+    if WIDE:
+        begin = program * A
+        # Chunks begin with a group of the noise; where all are whole, the row does.
+        start = begin if A % COUNT == 0 else begin // 4 * 4
+        energies = tl.zeros([COUNT], tl.float32)
+        for chunk in range(0, tile.span(A, COUNT), COUNT):
+            skip = (begin - start - chunk).to(tl.int32)
+            energies += _draw_tile(
+                loc, scale, value, low, high, lo, hi, halves, mids, half, mid, seed, call,
+                start + chunk, skip, skip + A, rows, loc_row, loc_column, scale_row, scale_column,
+                A, COUNT, COUNT, LOC, SCALE, RANDOM, SCORE, SPAN, LIMIT, CLAMP, FAST,
+                A % COUNT == 0,
+            )  # fmt: skip
+        _store_scores(
+            score, energies, log_half, program, total_rows,
+            A, COUNT, 1, 1, False, SCORE, SPAN, True,
+        )  # fmt: skip
+    else:
+        start = program * TILE
+        end = total_rows * A
+        if start + COUNT <= end:
+            energy = _draw_tile(
+                loc, scale, value, low, high, lo, hi, halves, mids, half, mid, seed, call,
+                start, 0, COUNT, rows, loc_row, loc_column, scale_row, scale_column,
+                A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, SPAN, LIMIT, CLAMP, FAST, True,
+            )  # fmt: skip
+            _store_scores(
+                score, energy, log_half, program * OWN, total_rows,
+                A, COUNT, ROWS, OWN, GATHER, SCORE, SPAN, True,
+            )  # fmt: skip
+        else:
+            energy = _draw_tile(
+                loc, scale, value, low, high, lo, hi, halves, mids, half, mid, seed, call,
+                start, 0, tl.minimum(end - start, TILE).to(tl.int32), rows,
+                loc_row, loc_column, scale_row, scale_column,
+                A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, SPAN, LIMIT, CLAMP, FAST, False,
+            )  # fmt: skip
+            _store_scores(
+                score, energy, log_half, program * OWN, total_rows,
+                A, COUNT, ROWS, OWN, GATHER, SCORE, SPAN, False,
+            )  # fmt: skip
+    if RANDOM:
+        random.close_state(state, used, ticket, seed, call, ADVANCE, KEEP)
+
+
+@triton.jit
+def _draw_backward_tile(
+    grad_value, grad_score, loc, scale, grad_loc, grad_scale,
+    low, high, lo, hi, halves, mids, half, mid, used, start, left,
+    rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
+    A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, LOC: tl.constexpr,
+    SCALE: tl.constexpr, RANDOM: tl.constexpr, BY_VALUE: tl.constexpr, BY_SCORE: tl.constexpr,
+    SPAN: tl.constexpr, LIMIT: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, COUNT)
+    inside = i < left
+    x = tile.load(loc, start, i, inside, 0.0, rows, loc_row, loc_column, A, COUNT, LOC, WHOLE)
+    sigma = tile.load(
+        scale, start, i, inside, 1.0, rows, scale_row, scale_column, A, COUNT, SCALE, WHOLE
+    )
+    z = tl.zeros([COUNT], tl.float32)
+    if RANDOM:
+        z = random.normals(tl.load(used), tl.load(used + 1), start, COUNT, FAST)
+        x = x + z * sigma
+    # 4 t and q of `tanh_parts`, and |tanh(x)| as 2 q - 1: three slots fewer.
+    four_t = m.exp2(tl.abs(x) * -2.8853900817779268 + 2.0, FAST)
+    q = m.reciprocal(four_t * 0.25 + 1.0, FAST)
+    size = m.abs_tanh(x, q * 2.0 - 1.0)
+    by_loc = tl.zeros([COUNT], tl.float32)
+    if BY_VALUE:
+        by_loc = tile.load(
+            grad_value, start, i, inside, 0.0, rows, value_row, value_column,
+            A, COUNT, VALUE, WHOLE,
+        )  # fmt: skip
+        width, middle = tile.bounds(halves, mids, half, mid, start, i, A, COUNT, SPAN)
+        slope = four_t * q * q
+        if LIMIT < 1.0:
+            # The gradient of a limited tanh is that of its value, as upstream's.
+            slope = tl.maximum(slope, 1.0 - LIMIT * LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        if SPAN:
+            slope = slope * width
+        if CLAMP:
+            y = size
+            if LIMIT < 1.0:
+                y = tl.minimum(y, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            y = m.with_sign(y, x)
+            if SPAN:
+                y = y * width + middle
+            least, most = tile.bounds(low, high, lo, hi, start, i, A, COUNT, CLAMP)
+            by_loc = tl.where((y >= least) & (y <= most), by_loc, 0.0)
+        by_loc = by_loc * slope
+    if BY_SCORE:
+        by_row = tile.of_rows(grad_score, start, i, inside, A, COUNT, WHOLE)
+        by_loc += by_row * 2.0 * m.with_sign(size, x)
+        tile.store(
+            grad_scale, start, by_loc * z - by_row * m.reciprocal(sigma, FAST),
+            i, inside, COUNT, COUNT, WHOLE,
+        )  # fmt: skip
+    else:
+        tile.store(grad_scale, start, by_loc * z, i, inside, COUNT, COUNT, WHOLE)
+    tile.store(grad_loc, start, by_loc, i, inside, COUNT, COUNT, WHOLE)
+
+
+@triton.jit(do_not_specialize=["total", "rows"])
+def draw_backward_kernel(
+    grad_value, grad_score, loc, scale, grad_loc, grad_scale,
+    low, high, lo, hi, halves, mids, half, mid,
+    used, total, rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
+    A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, LOC: tl.constexpr,
+    SCALE: tl.constexpr, RANDOM: tl.constexpr, BY_VALUE: tl.constexpr, BY_SCORE: tl.constexpr,
+    SPAN: tl.constexpr, LIMIT: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Gradients of COUNT elements, the noise drawn anew from the state that the draw has used."""
+    start = tl.program_id(0).to(tl.int64) * COUNT
+    if start + COUNT <= total:
+        _draw_backward_tile(
+            grad_value, grad_score, loc, scale, grad_loc, grad_scale,
+            low, high, lo, hi, halves, mids, half, mid, used, start, COUNT,
+            rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
+            A, COUNT, VALUE, LOC, SCALE, RANDOM, BY_VALUE, BY_SCORE, SPAN, LIMIT, CLAMP,
+            FAST, True,
+        )  # fmt: skip
+    else:
+        _draw_backward_tile(
+            grad_value, grad_score, loc, scale, grad_loc, grad_scale,
+            low, high, lo, hi, halves, mids, half, mid, used, start,
+            (total - start).to(tl.int32),
+            rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
+            A, COUNT, VALUE, LOC, SCALE, RANDOM, BY_VALUE, BY_SCORE, SPAN, LIMIT, CLAMP,
+            FAST, False,
+        )  # fmt: skip
+
+
+@triton.jit
+def _unit(
+    value, start, i, inside, rows, value_row, value_column, width, middle,
+    A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, SPAN: tl.constexpr,
+    WHOLE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Given values as those of tanh, not limited."""
+    y = tile.load(
+        value, start, i, inside, 0.0, rows, value_row, value_column, A, COUNT, VALUE, WHOLE
+    )
+    if SPAN:
+        y = (y - middle) * m.reciprocal(width, FAST)
+    return y
+
+
+@triton.jit
+def _score_tile(
+    loc, scale, value, halves, mids, half, mid, start, left, rows,
+    loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+    A: tl.constexpr, COUNT: tl.constexpr, LOC: tl.constexpr, SCALE: tl.constexpr,
+    VALUE: tl.constexpr, SPAN: tl.constexpr, LIMIT: tl.constexpr, FAST: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, COUNT)
+    inside = i < left
+    mu = tile.load(loc, start, i, inside, 0.0, rows, loc_row, loc_column, A, COUNT, LOC, WHOLE)
+    sigma = tile.load(
+        scale, start, i, inside, 1.0, rows, scale_row, scale_column, A, COUNT, SCALE, WHOLE
+    )
+    width, middle = tile.bounds(halves, mids, half, mid, start, i, A, COUNT, SPAN)
+    y = _unit(
+        value, start, i, inside, rows, value_row, value_column, width, middle,
+        A, COUNT, VALUE, SPAN, WHOLE, FAST,
+    )  # fmt: skip
+    y = tile.clamp(y, -LIMIT, LIMIT)
+    z = (m.atanh(y, FAST) - mu) * m.reciprocal(sigma, FAST)
+    inner = sigma * ((1.0 - y) * (1.0 + y))
+    if SPAN == 2:
+        inner = inner * width
+    energy = m.log(inner, FAST) + z * z * 0.5
+    if not WHOLE:
+        energy = tl.where(inside, energy, 0.0)
+    return energy
+
+
+@triton.jit(do_not_specialize=["total_rows", "rows"])
+def score_kernel(
+    loc, scale, value, score, halves, mids, half, mid, log_half, total_rows, rows,
+    loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+    A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    OWN: tl.constexpr, GATHER: tl.constexpr, WIDE: tl.constexpr, LOC: tl.constexpr,
+    SCALE: tl.constexpr, VALUE: tl.constexpr, SPAN: tl.constexpr, LIMIT: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """Scores of given values, of OWN rows; of one row where WIDE."""
+    program = tl.program_id(0).to(tl.int64)
+    if WIDE:
+        begin = program * A
+        energies = tl.zeros([COUNT], tl.float32)
+        for chunk in range(0, A, COUNT):
+            energies += _score_tile(
+                loc, scale, value, halves, mids, half, mid, begin + chunk, A - chunk, rows,
+                loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+                A, COUNT, LOC, SCALE, VALUE, SPAN, LIMIT, FAST, A % COUNT == 0,
+            )  # fmt: skip
+        _store_scores(
+            score, energies, log_half, program, total_rows,
+            A, COUNT, 1, 1, False, True, SPAN, True,
+        )  # fmt: skip
+    else:
+        start = program * TILE
+        end = total_rows * A
+        if start + COUNT <= end:
+            energy = _score_tile(
+                loc, scale, value, halves, mids, half, mid, start, COUNT, rows,
+                loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+                A, COUNT, LOC, SCALE, VALUE, SPAN, LIMIT, FAST, True,
+            )  # fmt: skip
+            _store_scores(
+                score, energy, log_half, program * OWN, total_rows,
+                A, COUNT, ROWS, OWN, GATHER, True, SPAN, True,
+            )  # fmt: skip
+        else:
+            energy = _score_tile(
+                loc, scale, value, halves, mids, half, mid, start,
+                tl.minimum(end - start, TILE).to(tl.int32), rows,
+                loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+                A, COUNT, LOC, SCALE, VALUE, SPAN, LIMIT, FAST, False,
+            )  # fmt: skip
+            _store_scores(
+                score, energy, log_half, program * OWN, total_rows,
+                A, COUNT, ROWS, OWN, GATHER, True, SPAN, False,
+            )  # fmt: skip
+
+
+@triton.jit
+def _score_backward_tile(
+    grad_score, loc, scale, value, grad_loc, grad_scale, grad_value, halves, mids, half, mid,
+    start, left, rows, loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+    A: tl.constexpr, COUNT: tl.constexpr, LOC: tl.constexpr, SCALE: tl.constexpr,
+    VALUE: tl.constexpr, TO_VALUE: tl.constexpr, SPAN: tl.constexpr, LIMIT: tl.constexpr,
+    FAST: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, COUNT)
+    inside = i < left
+    mu = tile.load(loc, start, i, inside, 0.0, rows, loc_row, loc_column, A, COUNT, LOC, WHOLE)
+    sigma = tile.load(
+        scale, start, i, inside, 1.0, rows, scale_row, scale_column, A, COUNT, SCALE, WHOLE
+    )
+    width, middle = tile.bounds(halves, mids, half, mid, start, i, A, COUNT, SPAN)
+    given = _unit(
+        value, start, i, inside, rows, value_row, value_column, width, middle,
+        A, COUNT, VALUE, SPAN, WHOLE, FAST,
+    )  # fmt: skip
+    y = tile.clamp(given, -LIMIT, LIMIT)
+    inverse = m.reciprocal(sigma, FAST)
+    z = (m.atanh(y, FAST) - mu) * inverse
+    by_row = tile.of_rows(grad_score, start, i, inside, A, COUNT, WHOLE)
+    rate = by_row * inverse
+    tile.store(grad_loc, start, rate * z, i, inside, COUNT, COUNT, WHOLE)
+    tile.store(grad_scale, start, rate * (z * z - 1.0), i, inside, COUNT, COUNT, WHOLE)
+    if TO_VALUE:
+        slope = (1.0 - y) * (1.0 + y)
+        if SPAN:
+            slope = slope * width
+        by_value = by_row * (2.0 * y - z * inverse) * m.reciprocal(slope, FAST)
+        # Beyond the limit a value is scored as the limit, whatever it is.
+        by_value = tl.where(tl.abs(given) <= LIMIT, by_value, 0.0)
+        tile.store(grad_value, start, by_value, i, inside, COUNT, COUNT, WHOLE)
+
+
+@triton.jit(do_not_specialize=["total", "rows"])
+def score_backward_kernel(
+    grad_score, loc, scale, value, grad_loc, grad_scale, grad_value, halves, mids, half, mid,
+    total, rows, loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+    A: tl.constexpr, COUNT: tl.constexpr, LOC: tl.constexpr, SCALE: tl.constexpr,
+    VALUE: tl.constexpr, TO_VALUE: tl.constexpr, SPAN: tl.constexpr, LIMIT: tl.constexpr,
+    FAST: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the score of given values, of COUNT elements."""
+    start = tl.program_id(0).to(tl.int64) * COUNT
+    if start + COUNT <= total:
+        _score_backward_tile(
+            grad_score, loc, scale, value, grad_loc, grad_scale, grad_value,
+            halves, mids, half, mid, start, COUNT, rows,
+            loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+            A, COUNT, LOC, SCALE, VALUE, TO_VALUE, SPAN, LIMIT, FAST, True,
+        )  # fmt: skip
+    else:
+        _score_backward_tile(
+            grad_score, loc, scale, value, grad_loc, grad_scale, grad_value,
+            halves, mids, half, mid, start, (total - start).to(tl.int32), rows,
+            loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+            A, COUNT, LOC, SCALE, VALUE, TO_VALUE, SPAN, LIMIT, FAST, False,
+        )  # fmt: skip
+
+
+def _limit(x: Tensor, safe: bool) -> float:
+    return LIMITS[x.dtype] if safe else 1.0
+
+
+def draw(
+    loc: Tensor,  # [*batch, *event]
+    scale: Tensor,  # [*batch, *event]
+    interval: Interval,
+    shape: torch.Size,
+    ndims: int,
+    *,
+    state: State | None,
+    safe: bool = True,
+    score: bool = True,
+    clamp: Any = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A value, its score and the state that was used, in one launch.
+
+    Args:
+        loc: mean before tanh; of one shape, dtype and device with `scale`.
+        scale: standard deviation before tanh.
+        interval: where the values lie.
+        shape: sample dimensions in front of the value.
+        ndims: number of event dimensions, summed over.
+        state: where the noise comes from; None for the squashed mean.
+        safe: whether |tanh| is limited to 1 minus the dtype's resolution.
+        score: whether the log-density is wanted.
+        clamp: the `Bounds` that the value is projected onto, after it was scored.
+        keep: whether the backward pass needs the state.
+
+    Returns:
+        value `[*sample, *batch, *event]`, log-density `[*sample, *batch]` and an int64 pair; None
+        for what was not wanted.
+    """
+    full = shape + loc.shape
+    a = event_numel(loc.shape, ndims)
+    batch = loc.shape[: loc.dim() - ndims]
+    value = torch.empty(full, dtype=loc.dtype, device=loc.device)
+    scores = torch.empty(shape + batch, dtype=loc.dtype, device=loc.device) if score else None
+    used = torch.empty(2, dtype=torch.int64, device=loc.device) if keep and state else None
+    total = value.numel()
+    if total == 0:
+        if scores is not None:
+            scores.zero_()
+        return value, scores, used if used is None else used.zero_()
+    rows, total_rows = loc.numel() // a, total // a
+    mu = parameter(loc, ndims, bool(shape))
+    sigma = parameter(scale, ndims, bool(shape))
+    kind, lo, hi, low, high = bounds_of(clamp)
+    source = state or NO_STATE
+    grid = forward_grid(total_rows, a)
+    with launching(loc):
+        draw_kernel[(grid.programs,)](
+            mu.tensor, sigma.tensor, value, scores, low, high, lo, hi,
+            interval.halves, interval.mids, interval.half, interval.mid, interval.log_half,
+            source.pair, used, source.ticket, source.seed, source.call,
+            total_rows, rows, mu.row, mu.column, sigma.row, sigma.column,
+            A=a, COUNT=grid.count, TILE=grid.tile, ROWS=grid.rows, OWN=grid.own,
+            GATHER=grid.gather, WIDE=grid.wide, LOC=mu.layout, SCALE=sigma.layout,
+            RANDOM=state is not None, SCORE=score, SPAN=interval.kind, LIMIT=_limit(loc, safe),
+            CLAMP=kind, HOST=source.pair is None,
+            ADVANCE=source.ticket is not None, KEEP=used is not None, FAST=fast(loc),
+            num_warps=grid.warps,
+        )  # fmt: skip
+    return value, scores, used
+
+
+def draw_backward(
+    grad_value: Tensor | None,  # [*sample, *batch, *event]
+    grad_score: Tensor | None,  # [*sample, *batch]
+    loc: Tensor,  # [*batch, *event]
+    scale: Tensor,  # [*batch, *event]
+    interval: Interval,
+    used: Tensor | None,
+    shape: torch.Size,
+    ndims: int,
+    *,
+    safe: bool = True,
+    clamp: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `draw` by loc and scale, `[*batch, *event]`.
+
+    Where no gradient flows through the value, that of its score is the Normal's before tanh:
+    `normal.draw_backward` with `pathwise=False`.
+
+    Args:
+        grad_value: gradient of the value, None for none.
+        grad_score: gradient of the log-density, None for none.
+        loc: as in `draw`.
+        scale: as in `draw`.
+        interval: as in `draw`.
+        used: what `draw` has kept; None for the squashed mean.
+        shape: as in `draw`.
+        ndims: as in `draw`.
+        safe: as in `draw`.
+        clamp: as in `draw`.
+    """
+    a = event_numel(loc.shape, ndims)
+    grad_loc, grad_scale = gradients(shape, loc), gradients(shape, scale)
+    total = grad_loc.numel()
+    if total == 0:
+        return torch.zeros_like(loc), torch.zeros_like(scale)
+    mu = parameter(loc, ndims, bool(shape))
+    sigma = parameter(scale, ndims, bool(shape))
+    upstream = parameter(grad_value if grad_value is not None else grad_loc, ndims, False)
+    kind, lo, hi, low, high = bounds_of(clamp)
+    programs, count, warps = flat_grid(total)
+    with launching(loc):
+        draw_backward_kernel[(programs,)](
+            upstream.tensor, tail(grad_score), mu.tensor, sigma.tensor, grad_loc, grad_scale,
+            low, high, lo, hi,
+            interval.halves, interval.mids, interval.half, interval.mid, used,
+            total, loc.numel() // a, upstream.row, upstream.column, mu.row, mu.column,
+            sigma.row, sigma.column,
+            A=a, COUNT=count, VALUE=upstream.layout, LOC=mu.layout, SCALE=sigma.layout,
+            RANDOM=used is not None, BY_VALUE=grad_value is not None,
+            BY_SCORE=grad_score is not None, SPAN=interval.kind, LIMIT=_limit(loc, safe),
+            CLAMP=kind, FAST=fast(loc), num_warps=warps,
+        )  # fmt: skip
+    return fold(grad_loc, loc), fold(grad_scale, scale)
+
+
+def score(
+    loc: Tensor,  # [*batch, *event]
+    scale: Tensor,  # [*batch, *event]
+    value: Tensor,  # [*sample, *batch, *event]
+    interval: Interval,
+    ndims: int,
+    *,
+    safe: bool = True,
+) -> Tensor:
+    """The log-density of a given value, `[*sample, *batch]`, of the dtype that both promote to.
+
+    Args:
+        loc: mean before tanh; of one shape, dtype and device with `scale`.
+        scale: standard deviation before tanh.
+        value: what is scored; on or outside of the bounds as if just inside.
+        interval: where the values lie.
+        ndims: number of event dimensions, summed over.
+        safe: whether |tanh| is limited to 1 minus the dtype's resolution.
+    """
+    shape = value.shape[: value.dim() - loc.dim()]
+    batch = loc.shape[: loc.dim() - ndims]
+    a = event_numel(loc.shape, ndims)
+    dtype = torch.promote_types(loc.dtype, value.dtype)
+    scores = torch.empty(shape + batch, dtype=dtype, device=loc.device)
+    rows = loc.numel() // a if a else 0
+    total_rows = rows * shape.numel()
+    if total_rows == 0:
+        return scores.zero_()
+    mu = parameter(loc, ndims, bool(shape))
+    sigma = parameter(scale, ndims, bool(shape))
+    given = parameter(value, ndims, False)
+    grid = forward_grid(total_rows, a)
+    with launching(loc):
+        score_kernel[(grid.programs,)](
+            mu.tensor, sigma.tensor, given.tensor, scores,
+            interval.halves, interval.mids, interval.half, interval.mid, interval.log_half,
+            total_rows, rows, mu.row, mu.column, sigma.row, sigma.column, given.row, given.column,
+            A=a, COUNT=grid.count, TILE=grid.tile, ROWS=grid.rows, OWN=grid.own,
+            GATHER=grid.gather, WIDE=grid.wide, LOC=mu.layout, SCALE=sigma.layout,
+            VALUE=given.layout, SPAN=interval.kind, LIMIT=_limit(loc, safe), FAST=fast(loc),
+            num_warps=grid.warps,
+        )  # fmt: skip
+    return scores
+
+
+def score_backward(
+    grad_score: Tensor,  # [*sample, *batch]
+    loc: Tensor,  # [*batch, *event]
+    scale: Tensor,  # [*batch, *event]
+    value: Tensor,  # [*sample, *batch, *event]
+    interval: Interval,
+    ndims: int,
+    *,
+    safe: bool = True,
+    to_value: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of `score` by loc, scale and value, of the shapes of these.
+
+    Args:
+        grad_score: gradient of the log-density.
+        loc: as in `score`.
+        scale: as in `score`.
+        value: as in `score`.
+        interval: as in `score`.
+        ndims: as in `score`.
+        safe: as in `score`.
+        to_value: whether the gradient of the value is wanted.
+    """
+    shape = value.shape[: value.dim() - loc.dim()]
+    a = event_numel(loc.shape, ndims)
+    grad_loc, grad_scale = gradients(shape, loc), gradients(shape, scale)
+    grad_value = (
+        torch.empty(value.shape, dtype=value.dtype, device=loc.device) if to_value else None
+    )
+    total = grad_loc.numel()
+    if total == 0:
+        return torch.zeros_like(loc), torch.zeros_like(scale), grad_value
+    mu = parameter(loc, ndims, bool(shape))
+    sigma = parameter(scale, ndims, bool(shape))
+    given = parameter(value, ndims, False)
+    programs, count, warps = flat_grid(total)
+    with launching(loc):
+        score_backward_kernel[(programs,)](
+            tail(grad_score), mu.tensor, sigma.tensor, given.tensor, grad_loc, grad_scale,
+            grad_value, interval.halves, interval.mids, interval.half, interval.mid,
+            total, loc.numel() // a, mu.row, mu.column, sigma.row, sigma.column,
+            given.row, given.column,
+            A=a, COUNT=count, LOC=mu.layout, SCALE=sigma.layout, VALUE=given.layout,
+            TO_VALUE=to_value, SPAN=interval.kind, LIMIT=_limit(loc, safe), FAST=fast(loc),
+            num_warps=warps,
+        )  # fmt: skip
+    return fold(grad_loc, loc), fold(grad_scale, scale), grad_value

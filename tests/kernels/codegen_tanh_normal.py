@@ -1,0 +1,148 @@
+"""The specialisations of TanhNormal's kernels whose machine code is looked at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastprob.kernels import tanh_normal
+from fastprob.kernels._launch import FLAT_TILE, forward_grid
+from tests.kernels import codegen_normal
+from tests.kernels.codegen_normal import ROWS, tiling
+from tests.kernels.machine import Case
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _types(dtype: str) -> dict[str, str]:
+    return {
+        **codegen_normal.types(dtype),
+        **dict.fromkeys(("halves", "mids"), f"*{dtype}"),
+        **dict.fromkeys(("half", "mid", "log_half"), "fp32"),
+    }
+
+
+def _size(dtype: str) -> int:
+    return 4 if dtype == "fp32" else 2
+
+
+def _none(kernel: Any, wanted: dict[str, bool]) -> dict[str, None]:
+    """The arguments of a kernel that a case leaves out."""
+    return {n: None for n, needed in wanted.items() if not needed and n in kernel.arg_names}
+
+
+def _ranges(span: int, clamp: int) -> dict[str, bool]:
+    """Which of the numbers and tensors of an interval and of a clamp are read."""
+    return {
+        "half": span == 1, "mid": span == 1, "log_half": span == 1, "halves": span == 2,
+        "mids": span == 2, "lo": clamp == 1, "hi": clamp == 1, "low": clamp == 2,
+        "high": clamp == 2,
+    }  # fmt: skip
+
+
+def draw(
+    a: int,
+    dtype: str,
+    slots: float | None = None,
+    *,
+    span: int = 0,
+    clamp: int = 0,
+    random: bool = True,
+    everywhere: bool = False,
+) -> Case:
+    grid = forward_grid(ROWS, a)
+    kernel = tanh_normal.draw_kernel
+    constants = {
+        **tiling(grid, a), "LOC": 0, "SCALE": 0, "RANDOM": random, "SCORE": True, "SPAN": span,
+        "LIMIT": tanh_normal.LIMITS[DTYPES[dtype]], "CLAMP": clamp, "HOST": not random,
+        "ADVANCE": random, "KEEP": False, "FAST": True, "seed": None, "call": None, "used": None,
+        **_none(kernel, {**_ranges(span, clamp), "state": random, "ticket": random}),
+    }  # fmt: skip
+    name = f"tanh-normal-draw-{a}-{dtype}-span={span}-clamp={clamp}-random={random}"
+    # A wide row is one program, chunk by chunk.
+    return Case(
+        name, kernel, _types(dtype), constants, grid.warps, grid.count if grid.wide else grid.tile,
+        (3 + 1 / a) * _size(dtype), slots, vectors=span != 2 and clamp != 2 and not grid.wide,
+        everywhere=everywhere,
+    )  # fmt: skip
+
+
+def draw_backward(
+    a: int,
+    dtype: str,
+    slots: float | None = None,
+    *,
+    span: int = 0,
+    clamp: int = 0,
+    everywhere: bool = False,
+) -> Case:
+    count, warps = FLAT_TILE
+    kernel = tanh_normal.draw_backward_kernel
+    constants = {
+        "A": a, "COUNT": count, "VALUE": 0, "LOC": 0, "SCALE": 0, "RANDOM": True,
+        "BY_VALUE": True, "BY_SCORE": True, "SPAN": span,
+        "LIMIT": tanh_normal.LIMITS[DTYPES[dtype]], "CLAMP": clamp, "FAST": True,
+        **_none(kernel, _ranges(span, clamp)),
+    }  # fmt: skip
+    return Case(
+        f"tanh-normal-draw-backward-{a}-{dtype}-span={span}-clamp={clamp}", kernel, _types(dtype),
+        constants, warps, count, (5 + 1 / a) * _size(dtype), slots, everywhere=everywhere,
+    )  # fmt: skip
+
+
+def score(
+    a: int, dtype: str, slots: float | None = None, *, span: int = 0, everywhere: bool = False
+) -> Case:
+    grid = forward_grid(ROWS, a)
+    kernel = tanh_normal.score_kernel
+    constants = {
+        **tiling(grid, a), "LOC": 0, "SCALE": 0, "VALUE": 0, "SPAN": span,
+        "LIMIT": tanh_normal.LIMITS[DTYPES[dtype]], "FAST": True, **_none(kernel, _ranges(span, 0)),
+    }  # fmt: skip
+    return Case(
+        f"tanh-normal-score-{a}-{dtype}-span={span}", kernel, _types(dtype), constants, grid.warps,
+        grid.tile, (3 + 1 / a) * _size(dtype), slots, vectors=False, everywhere=everywhere,
+    )  # fmt: skip
+
+
+def score_backward(
+    a: int,
+    dtype: str,
+    slots: float | None = None,
+    *,
+    to_value: bool = False,
+    everywhere: bool = False,
+) -> Case:
+    count, warps = FLAT_TILE
+    kernel = tanh_normal.score_backward_kernel
+    constants = {
+        "A": a, "COUNT": count, "LOC": 0, "SCALE": 0, "VALUE": 0, "TO_VALUE": to_value, "SPAN": 0,
+        "LIMIT": tanh_normal.LIMITS[DTYPES[dtype]], "FAST": True,
+        **_none(kernel, {**_ranges(0, 0), "grad_value": to_value}),
+    }  # fmt: skip
+    return Case(
+        f"tanh-normal-score-backward-{a}-{dtype}-value={to_value}", kernel, _types(dtype),
+        constants, warps, count, (5 + to_value + 1 / a) * _size(dtype), slots,
+        everywhere=everywhere,
+    )  # fmt: skip
+
+
+# KERNELS.md's limits: 48 for a draw and 48 backward, of which 49.2 are taken. The others are what
+# the kernels take, and a tenth.
+CASES = [
+    draw(8, "fp32", 48, everywhere=True),
+    draw(8, "bf16", 55),
+    draw(8, "fp32", 58, span=1, clamp=1),
+    draw(8, "fp32", 58, span=2, clamp=2),
+    draw(8, "fp32", 27, random=False),
+    draw(17, "fp32", 54),
+    draw(257, "fp32", 77),
+    draw(1500, "fp32"),
+    draw_backward(8, "fp32", 50, everywhere=True),
+    draw_backward(8, "bf16", 70, span=1, clamp=1),
+    draw_backward(17, "fp32", 62),
+    score(8, "fp32", 32, everywhere=True),
+    score(17, "bf16", 42, span=1),
+    score_backward(8, "fp32", 41, to_value=True, everywhere=True),
+]
