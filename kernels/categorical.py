@@ -71,12 +71,14 @@ LATE = tl.constexpr(2**30)
 
 
 @triton.jit
-def _columns(REP: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr):
+def _columns(A: tl.constexpr, REP: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr):
     """The category at each place of a tile, `[REP, 1, LANES]`, and whether the place has one."""
     rep = tl.arange(0, REP)[:, None, None]
     lane = tl.arange(0, LANES)[None, None, :]
     if PIECE > 0:
-        return lane * PIECE + rep, rep < PIECE
+        k = lane * PIECE + rep
+        # Only the last lane may end early: for all but a few rep this is settled when compiled.
+        return k, (rep < PIECE) & ((rep < A - (LANES - 1) * PIECE) | (k < A))
     else:
         return rep * LANES + lane, rep < REP
 
@@ -116,25 +118,27 @@ def _load(
     LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """A tile `[REP, ROWS, LANES]` of the rows from `first` on, in fp32; `other` outside a row."""
-    k, own = _columns(REP, LANES, PIECE)
+    k, inside = _columns(A, REP, LANES, PIECE)
     r = tl.arange(0, ROWS)[None, :, None]
     if PIECE > 0:
         i = tl.arange(0, COUNT)
         start = first * A
         end = total_rows * A
-        # A mask stops vectorized access, so that a tile whose elements all exist has none.
+        NEEDED: tl.constexpr = OWN * A
+        # A mask stops vectorized access, but for one of a constant multiple of 4 elements. That
+        # leaves the rows of the next tile to it, where less than COUNT elements are a tile's own.
         if start + COUNT <= end:
             x = tile.load(
-                ptr, start, i, i < COUNT, 0.0, rows, row_stride, column_stride,
-                A, COUNT, LAYOUT, True,
+                ptr, start, i, i < NEEDED, 0.0, rows, row_stride, column_stride,
+                A, COUNT, LAYOUT, NEEDED >= COUNT,
             )  # fmt: skip
         else:
             x = tile.load(
                 ptr, start, i, i < (end - start).to(tl.int32), 0.0, rows,
                 row_stride, column_stride, A, COUNT, LAYOUT, False,
             )  # fmt: skip
-        inside = own & (k < A)
-        source = tl.where(inside & (r < OWN), r * A + k, 0)
+        # COUNT has room for what the last lane of the last row reads past its end.
+        source = tl.where(k < LANES * PIECE, tl.minimum(r, OWN - 1) * A + k, 0)
         taken = tl.gather(x, tl.reshape(source, [REP * ROWS * LANES]), 0)
         return tl.where(inside, tl.reshape(taken, [REP, ROWS, LANES]), other)
     else:
@@ -154,10 +158,12 @@ def _store(
     start = first * A
     if PIECE > 0:
         i = tl.arange(0, COUNT)
-        row = i // A
-        k = i % A
-        source = ((k % PIECE) * ROWS + row) * LANES + k // PIECE
-        source = tl.where(row < OWN, source, 0)
+        row = tl.minimum(i // A, ROWS - 1)
+        if LANES == 1:
+            source = (i % A) * ROWS + row
+        else:
+            k = i % A
+            source = ((k % PIECE) * ROWS + row) * LANES + k // PIECE
         flat = tl.gather(tl.reshape(x, [REP * ROWS * LANES]), source, 0)
         left = tl.minimum(total_rows * A - start, OWN * A).to(tl.int32)
         if start + OWN * A <= total_rows * A:
@@ -165,7 +171,7 @@ def _store(
         else:
             tile.store(ptr, start, flat, i, i < left, COUNT, OWN * A, False)
     else:
-        k, _ = _columns(REP, LANES, PIECE)
+        k, _ = _columns(A, REP, LANES, PIECE)
         r = tl.arange(0, ROWS)[None, :, None]
         x = tl.broadcast_to(x, [REP, ROWS, LANES]).to(ptr.dtype.element_ty)
         tl.store(ptr + start + (r * A + k), x, mask=r < (total_rows - first).to(tl.int32))
@@ -199,8 +205,8 @@ def _padded(x, REP: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, A: t
     A compiler leaves out the addition of -0 and not that of 0: rows of 18 cost no more than that.
     """
     if PIECE > 0:
-        k, own = _columns(REP, LANES, PIECE)
-        return tl.where(own & (k < A), x, -0.0)
+        _, inside = _columns(A, REP, LANES, PIECE)
+        return tl.where(inside, x, -0.0)
     else:
         return x
 
@@ -356,7 +362,7 @@ def _draw_rows(
         given, mask, first, total_rows, rows, given_row, given_column, mask_row, mask_column,
         A, COUNT, REP, ROWS, LANES, PIECE, OWN, GIVEN, MASK, PROBS,
     )  # fmt: skip
-    k, own = _columns(REP, LANES, PIECE)
+    k, inside = _columns(A, REP, LANES, PIECE)
     r = tl.arange(0, ROWS)[None, :, None]
     exists = r < tl.minimum(total_rows - first, OWN).to(tl.int32)
     top = 0.0
@@ -396,7 +402,7 @@ def _draw_rows(
         total = _over(e)
         chosen = tl.zeros(total.shape, tl.int32)
         if KIND == MODE:
-            hit = (x == _highest(x)) & own & (k < A)
+            hit = (x == _highest(x)) & inside
             chosen = tl.where(hit, k, A - 1)
             chosen = tl.min(tl.min(chosen, 0, keep_dims=True), 2, keep_dims=True)
     # In range whatever the parameters are, for the read below.
@@ -650,7 +656,7 @@ def _score_rows(
         given, mask, first, total_rows, rows, given_row, given_column, mask_row, mask_column,
         A, COUNT, REP, ROWS, LANES, PIECE, OWN, GIVEN, MASK, PROBS,
     )  # fmt: skip
-    k, own = _columns(REP, LANES, PIECE)
+    k, inside = _columns(A, REP, LANES, PIECE)
     r = tl.arange(0, ROWS)[None, :, None]
     exists = r < tl.minimum(total_rows - first, OWN).to(tl.int32)
     top = 0.0
@@ -670,7 +676,7 @@ def _score_rows(
                 value, first, total_rows, rows, value_row, value_column, float("-inf"),
                 A, COUNT, REP, ROWS, LANES, PIECE, OWN, VALUE,
             )  # fmt: skip
-            chosen = tl.where((y == _highest(y)) & own & (k < A), k, A - 1)
+            chosen = tl.where((y == _highest(y)) & inside, k, A - 1)
             chosen = tl.min(tl.min(chosen, 0, keep_dims=True), 2, keep_dims=True)
             real = chosen >= 0
             if INDEX:
@@ -828,7 +834,7 @@ def _backward_rows(
         given, mask, first, total_rows, rows, given_row, given_column, mask_row, mask_column,
         A, COUNT, REP, ROWS, LANES, PIECE, OWN, GIVEN, MASK, PROBS,
     )  # fmt: skip
-    k, _ = _columns(REP, LANES, PIECE)
+    k, _ = _columns(A, REP, LANES, PIECE)
     r = tl.arange(0, ROWS)[None, :, None]
     exists = r < tl.minimum(total_rows - first, OWN).to(tl.int32)
     by_value = tl.zeros([REP, ROWS, LANES], tl.float32)
@@ -1030,28 +1036,44 @@ class Tile(NamedTuple):
 # Longest rows of a tile: of a power of two, and of any other size.
 SPLIT_MOST = 2048
 GATHER_MOST = 1024
-# A chunk of a longer row: 16 elements of a thread.
-CHUNK = (4096, 8)
+# Elements of a row in the registers of a thread, for a backward pass.
+HELD_BACKWARD = 32
+# A chunk of a longer row and the warps of its program: 32 elements of a thread. 16 take 17.8 issue
+# slots an element in place of 13.1 at A = 32768. Fewer rows than these get more warps each.
+CHUNK = (4096, 4)
+CHUNK_OF_FEW = (16384, 16)
+FEW_WIDE = 528
 
 
 @functools.lru_cache(maxsize=4096)
-def tiling(rows: int, a: int, itemsize: int) -> Tile:
-    """The tiles for `rows` rows of `a` categories of `itemsize` bytes."""
+def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False) -> Tile:
+    """The tiles for `rows` rows of `a` categories of `itemsize` bytes.
+
+    Args:
+        rows: number of rows.
+        a: categories.
+        itemsize: bytes of one.
+        held: elements of a row in the registers of a thread, at the most: 64 are 80 registers for a
+            draw and 255 for a backward pass, which spills some.
+        tight: whether a GATHER tile is to be full rather than its threads busy. Without a store of
+            a tile's elements busy threads take fewer issue slots: 25.0 and 31.1 at A = 18; with
+            one, full tiles do.
+    """
     power = a & (a - 1) == 0
     if a > (SPLIT_MOST if power else GATHER_MOST):
-        count, warps = CHUNK
+        count, warps = CHUNK if rows >= FEW_WIDE else CHUNK_OF_FEW
         chunks = triton.next_power_of_2(-(-a // count))
         return Tile(rows, count, 1, 1, 1, 0, 1, False, chunks, warps)
     if power:
         vector = 16 // itemsize
         # A thread of its own for each row of up to 64 bytes, 64 elements of a row at the most.
         beside = 1 if a * itemsize <= 64 else 2
-        lanes = min(a, max(vector * beside, a * vector // 64))
+        lanes = min(a, max(vector * beside, a * vector // held))
         threads = max(1, lanes // vector)
         piece = 0
     else:
         # Odd, so that threads read different banks of shared memory.
-        threads = lanes = triton.next_power_of_2(-(-a // 64))
+        threads = lanes = triton.next_power_of_2(-(-a * 4 // (held * 3)))
         piece = -(-a // lanes) if lanes == 1 else -(-a // lanes) | 1
     rep = triton.next_power_of_2(piece) if piece else a // lanes
     # Rows of a warp: one for each thread, and of short rows several.
@@ -1061,11 +1083,17 @@ def tiling(rows: int, a: int, itemsize: int) -> Tile:
     if threads > 32 * warps:
         warps = threads // 32
     tile_rows = max(1, in_warp * warps // max(1, threads // 32))
-    count = triton.next_power_of_2(tile_rows * a) if piece else 0
     shared = tile_rows > 32 * warps
-    return Tile(
-        -(-rows // tile_rows), count, rep, tile_rows, lanes, piece, tile_rows, shared, 0, warps
-    )
+    count, own = 0, tile_rows
+    if piece:
+        # Elements that are loaded flat: room for all rows, or half of it.
+        over = lanes * piece - a
+        count = triton.next_power_of_2(tile_rows * a + over)
+        fitting = (count // 2 - over) // a
+        fitting = fitting // 4 * 4 if tile_rows % 4 == 0 else fitting
+        if tight and fitting * 8 >= tile_rows * 7:
+            count, own = count // 2, fitting
+    return Tile(-(-rows // own), count, rep, tile_rows, lanes, piece, own, shared, 0, warps)
 
 
 class Form(NamedTuple):
@@ -1144,7 +1172,8 @@ def draw(
     read = parameter(given, 1, bool(shape))
     allowed, layout, mask_row, mask_column = _mask_parameter(mask, given, bool(shape))
     source = state or NO_STATE
-    tiles = tiling(total_rows, a, given.element_size())
+    tight = form.value >= ONE_HOT.value
+    tiles = tiling(total_rows, a, given.element_size(), tight=tight)
     with launching(given):
         draw_kernel[(tiles.programs,)](
             read.tensor, allowed, index, value, scores, entropies,
@@ -1263,7 +1292,7 @@ def backward(
         upstream = parameter(
             grad_value.contiguous() if mean_index else grad_value, 0 if mean_index else 1, False
         )
-    tiles = tiling(total_rows, a, given.element_size())
+    tiles = tiling(total_rows, a, given.element_size(), HELD_BACKWARD, True)
     with launching(given):
         backward_kernel[(tiles.programs,)](
             upstream.tensor, tail(grad_score), tail(grad_entropy), read.tensor, allowed, index,
