@@ -863,6 +863,23 @@ def test_without_a_gpu_the_policy_runs_directly(recwarn):
     assert len(recwarn) == 0
 
 
+def test_what_no_key_can_hold_is_no_matter_without_a_graph():
+    class Odd(torch.Tensor):
+        pass
+
+    def policy(td):
+        return td.set("out", td["obs"] + 1)
+
+    for graph in (fp.CudaGraphPolicy(policy), graphed(policy, enabled=False)[0]):
+        given = observations(2).set_non_tensor("list", [3])
+        given["odd"] = torch.ones(2).as_subclass(Odd)
+        assert torch.equal(graph(given)["out"], given["obs"] + 1)
+    for backend in (None, RecordingBackend()):
+        step = fp.CudaGraphStep(len, backend=backend, enabled=False)
+        assert step({3, 4}) == 2
+    assert fp.CudaGraphStep(len)([torch.ones(1).as_subclass(Odd)]) == 1
+
+
 def test_enabled_is_a_switch():
     policy = policy_of()
     graph, backend = graphed(policy, enabled=False)

@@ -341,8 +341,11 @@ def _compilation_refused() -> Iterator[list[str]]:
     if "torch._dynamo" not in sys.modules:
         yield refused
         return
-    from torch._dynamo.callback import callback_handler
-
+    try:
+        from torch._dynamo.callback import callback_handler
+    except ImportError:  # private to torch; without it a compilation fails as it may
+        yield refused
+        return
     thread = threading.get_ident()
 
     def refuse(*_: Any) -> None:

@@ -258,7 +258,13 @@ class CudaGraphPolicy(TensorDictModuleBase):
         with table.lock:
             backend = self._backend
             if backend is None or not backend.busy():
-                parts, values, watch = self._look(tensordict, tensordict_out, kwargs)
+                try:
+                    parts, values, watch = self._look(tensordict, tensordict_out, kwargs)
+                except TypeError:
+                    if self._backend is not None and self.enabled:
+                        raise
+                    # What cannot be part of a key is no matter where there is no graph.
+                    return self._direct(tensordict, tensordict_out, kwargs)
                 entry = table.find(parts)
                 captures = self._captures(tensordict)
                 if (
@@ -392,7 +398,8 @@ class CudaGraphPolicy(TensorDictModuleBase):
         inputs, constants = self._inputs(tensordict)
         entry = Entry(current_type(), inputs)
         backend = self._backend
-        if captures:
+        # Somebody else's capture may be under way where this is the very first call.
+        if captures and not backend.busy():  # type: ignore[union-attr]
             assert backend is not None
             self._check_inputs(inputs, backend.device)
             self._table.make_room(parts, backend)

@@ -177,9 +177,15 @@ class CudaGraphStep:
         with self._table.lock:
             backend = self._backend
             if backend is None or not backend.busy():
-                entry, values = self._entry(given)
+                try:
+                    entry, values = self._entry(given)
+                except TypeError:
+                    if self._backend is not None and self.enabled:
+                        raise
+                    # What cannot be part of a key is no matter where there is no graph.
+                    return self._direct(times, given)
                 backend = self._backend
-                if backend is not None and self.enabled:
+                if backend is not None and self.enabled and not backend.busy():
                     while entry.graph is None:
                         if entry.calls == self.warmup:
                             self._capture(entry, given, values)
