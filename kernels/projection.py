@@ -15,6 +15,7 @@ Source: `fastprob.reference.projection`, and the order of IEEE 754 numbers by th
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -75,10 +76,12 @@ def nearest_integer(x):
 @triton.jit
 def in_steps(y, out):
     """An integer on its way to a half precision, by way of fp32, as the interpreter needs it."""
-    if y.dtype.is_int() and out.dtype.element_ty.primitive_bitwidth == 16:
-        if out.dtype.element_ty.is_floating():
-            y = y.to(tl.float32)
-    return y
+    if y.dtype.is_int() and (
+        out.dtype.element_ty == tl.float16 or out.dtype.element_ty == tl.bfloat16
+    ):
+        return y.to(tl.float32)
+    else:
+        return y
 
 
 @triton.jit
@@ -297,9 +300,7 @@ def _one_hot_tile(
                 forbidden = tl.max(tl.reshape(wrong, [ROWS, WIDTH]), 1)
         member = _is_member(tl.sum(s, AXIS), forbidden, value, MASKED)
         if KEEP:
-            tile.store_rows(
-                members, first_segment, member.to(tl.int8), segments_left, ROWS, OWN, WHOLE
-            )
+            tile.store_rows(members, first_segment, member, segments_left, ROWS, OWN, WHOLE)
         first = tl.where(member, -1, first)
     if GATHER:
         winner = tl.gather(first, tl.minimum(segment_of, ROWS - 1), 0)
@@ -324,7 +325,7 @@ def one_hot_kernel(
     Args:
         value: `[rows, A]`, contiguous.
         out: likewise.
-        members: int8, which segments were one-hot already, where KEEP.
+        members: bool, which segments were one-hot already, where KEEP.
         mask: bool, of the first PERIOD entries, which begins anew after them.
         tables: int32, where each segment of a row begins, their widths, and the segment of each
             entry; where PARTS is above 1.
@@ -400,7 +401,7 @@ def wide_one_hot_kernel(
     if MEMBER:
         member = _is_member(tl.sum(sums, 0), tl.max(wrong, 0), value, MASKED)
         if KEEP:
-            tl.store(members + segment, member.to(tl.int8))
+            tl.store(members + segment, member)
         first = tl.where(member, -1, first)
     for chunk in range(0, width, COUNT):
         inside = i < width - chunk
@@ -556,9 +557,8 @@ def clamp_backward(
 def one_hot(
     value: Tensor,  # [..., n]
     mask: Tensor | None,  # [n], or [*shape]
-    tables: Tensor | None,  # int32 [2 K + n]
-    parts: int,
-    width: int,
+    tables: Tensor,  # int32 [2 K + n]
+    widths: Sequence[int],
     dtype: torch.dtype,
     member: bool,
     keep: bool = False,
@@ -569,31 +569,34 @@ def one_hot(
         value: of any dtype but fp64; copied where it is not contiguous.
         mask: bool, which entries may be set, contiguous, its dimensions the last ones of the value.
         tables: where the segments of a row begin, their widths, and the segment of each entry.
-        parts: K, number of segments of a row.
-        width: the widest of them.
+        widths: those of the K segments.
         dtype: of the result; that of the value where `member` is set.
         member: whether segments that are one-hot already stay as they are.
-        keep: whether the backward pass needs to know which.
+        keep: whether it is wanted which those are.
 
     Returns:
         `[..., n]`, contiguous, and bool `[..., K]` or None.
     """
     x = value.contiguous()
-    a = value.shape[-1]
+    a, parts, width = x.shape[-1], len(widths), max(widths)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     members = None
     if keep:
-        members = torch.empty((*x.shape[:-1], parts), dtype=torch.int8, device=x.device)
+        make = torch.empty if member else torch.zeros
+        members = make((*x.shape[:-1], parts), dtype=torch.bool, device=x.device)
     total = x.numel()
     if total == 0:
-        return out, None if members is None else members.bool()
+        return out, members
+    period = a if mask is None else mask.numel()
+    if parts > 1 and width * parts == a:
+        # Segments of one width are rows of their own.
+        a, parts = width, 1
     rows = total // a
     grid = one_hot_grid(rows, a, parts, width, min(x.element_size(), out.element_size()))
     work = tl.float32 if x.dtype.is_floating_point else _integers(x.dtype)
     flags = {
-        "A": a, "PARTS": parts, "PERIOD": a if mask is None else mask.numel(),
-        "MASKED": mask is not None, "MEMBER": member, "KEEP": keep, "WORK": work,
-        "LEAST": -(2**63) if work == tl.int64 else -(2**31),
+        "A": a, "PARTS": parts, "PERIOD": period, "MASKED": mask is not None, "MEMBER": member,
+        "KEEP": keep, "WORK": work, "LEAST": -(2**63) if work == tl.int64 else -(2**31),
     }  # fmt: skip
     with launching(x):
         if grid.count == 0:
@@ -606,4 +609,4 @@ def one_hot(
                 WIDTH=grid.width, ROWS=grid.rows, OWN=grid.own, GATHER=grid.gather,
                 num_warps=grid.warps, **flags,
             )  # fmt: skip
-    return out, None if members is None else members.bool()
+    return out, members

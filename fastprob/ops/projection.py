@@ -6,6 +6,12 @@ copied to a device the first time that a value lives there.
 
 All are out of place, idempotent, free of host synchronisation, and trace under
 ``torch.compile(fullgraph=True)`` and ``torch.vmap``.
+
+Where the kernels serve a value, what plain PyTorch would launch several kernels for is one: bounds
+of another dtype, indices, nearest valid ones, one-hot rows, and the gradient of a clamp. A plain
+clamp is one launch of torch's own already, of the same bytes. Under ``torch.compile`` the plain
+operations are kept: Inductor fuses them into what stands around them. So they are under functorch's
+transforms, which see through them.
 """
 
 from __future__ import annotations
@@ -16,7 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprob import backend
+from fastprob.ops._register import lead, register
 from fastprob.reference import projection as reference
+from fastprob.reference._reduce import plain_tensors_only
 
 __all__ = ["Ask", "Cast", "Clamp", "ClampEach", "NearestValid", "OneHot", "RoundClamp",
            "RoundClampEach", "fits_shape"]  # fmt: skip
@@ -35,6 +44,35 @@ def fits_shape(spec_shape: Sequence[int], shape: Sequence[int]) -> bool:
         if want != have and want != 1 and want != -1:
             return False
     return True
+
+
+# fp64 stays with the reference.
+_SERVED = frozenset(
+    (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16,
+     torch.int8, torch.uint8, torch.bool)
+)  # fmt: skip
+
+
+def _served(value: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel projects the value, to a result of `dtype`."""
+    return (
+        plain_tensors_only()
+        and value.dtype in _SERVED
+        and dtype in _SERVED
+        and backend.serves(value)
+    )
+
+
+def _needs_gradient(value: Tensor) -> bool:
+    return value.requires_grad and torch.is_grad_enabled()
+
+
+def _trailing(tensor: Tensor, value: Tensor, ndim: int) -> Tensor:
+    """Bounds or the like with the sizes of the last `ndim` dimensions of the value."""
+    shape = value.shape[value.dim() - ndim :]
+    if tensor.shape[:ndim] != shape:
+        tensor = tensor.expand(shape + tensor.shape[ndim:])
+    return tensor.contiguous()
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -93,7 +131,12 @@ class Clamp:
         self._plain = None if dtype is torch.bool else dtype  # what torch.clamp does by itself
 
     def __call__(self, value: Tensor) -> Tensor:
-        if value.dtype is self._plain:
+        plain = value.dtype is self._plain
+        if (not value.is_cpu or backend.mode != "auto") and (not plain or _needs_gradient(value)):
+            dtype = torch.promote_types(value.dtype, self.dtype)
+            if _served(value, dtype):
+                return elements(value, self.low, self.high, None, None, None, dtype, False)
+        if plain:
             return torch.clamp(value, self.low, self.high)
         return reference.clamp(value, self.low, self.high, self.dtype)
 
@@ -117,6 +160,10 @@ class ClampEach:
 
     def __call__(self, value: Tensor) -> Tensor:
         low, high = self._bounds[value.device]
+        if not value.is_cpu or backend.mode != "auto":
+            made = self._by_kernel(value, low, high)
+            if made is not None:
+                return made
         try:
             if self._bool:
                 out = reference.clamp_bool(value, low, high)
@@ -130,6 +177,19 @@ class ClampEach:
         if out.shape != value.shape:
             _check_shape(value, self.shape)
         return out
+
+    def _by_kernel(self, value: Tensor, low: Tensor, high: Tensor) -> Tensor | None:
+        if not plain_tensors_only():
+            return None
+        _check_shape(value, self.shape)
+        if value.dtype is self.dtype and not self._bool and not _needs_gradient(value):
+            return None
+        dtype = value.dtype if self._bool else torch.result_type(value, low)
+        if not _served(value, dtype):
+            return None
+        ndim = low.dim()
+        low, high = _trailing(low, value, ndim), _trailing(high, value, ndim)
+        return elements(value, 0, 0, low, high, None, dtype, False)
 
     def bounds(self, device: torch.device) -> tuple[Tensor, ...]:
         """Lower and upper bounds on a device."""
@@ -165,6 +225,10 @@ class RoundClamp:
         self.covers = ("index", last + 1)
 
     def __call__(self, value: Tensor) -> Tensor:
+        # Of integers the clamp is all, and one launch of torch's own.
+        may = (not value.is_cpu or backend.mode != "auto") and value.dtype.is_floating_point
+        if may and _served(value, value.dtype):
+            return elements(value, 0, self.last, None, None, None, value.dtype, True)
         return reference.round_clamp(value, self.last)
 
     def __repr__(self) -> str:
@@ -189,7 +253,11 @@ class RoundClampEach:
         if value.dim() == 0 and self.shape.numel() == 1:
             return self(value.unsqueeze(0)).squeeze(0)
         _check_shape(value, self.shape)
-        return reference.round_clamp_to(value, self._last[value.device][0], self.dtype)
+        last = self._last[value.device][0]
+        if (not value.is_cpu or backend.mode != "auto") and _served(value, value.dtype):
+            last = _trailing(last, value, last.dim())
+            return elements(value, 0, 0, None, last, None, self.dtype, True)
+        return reference.round_clamp_to(value, last, self.dtype)
 
     def __repr__(self) -> str:
         return f"RoundClampEach(shape={tuple(self.shape)}, {self.dtype})"
@@ -218,8 +286,13 @@ class NearestValid:
     def __call__(self, value: Tensor) -> Tensor:
         _check_shape(value, self.shape)
         tensors = self._tensors[value.device]
-        last = self.last if len(tensors) == 1 else tensors[1]
-        return reference.nearest_valid(value, tensors[0], last)
+        last = None if len(tensors) == 1 else tensors[1]
+        if (not value.is_cpu or backend.mode != "auto") and _served(value, value.dtype):
+            table = tensors[0]
+            if table.dim() > 1:
+                table = _trailing(table, value, table.dim() - 1)
+            return elements(value, 0, self.last, None, last, table, value.dtype, True)
+        return reference.nearest_valid(value, tensors[0], self.last if last is None else last)
 
     def __repr__(self) -> str:
         return f"NearestValid(shape={tuple(self.shape)})"
@@ -251,7 +324,8 @@ class OneHot:
             else None
         )
         classes = torch.arange(max(self.widths), device=device)
-        self._tensors = _PerDevice(classes) if mask is None else _PerDevice(classes, mask)
+        tables = _segment_tables(self.widths).to(classes.device)
+        self._tensors = _PerDevice(classes, tables, *(() if mask is None else (mask,)))
 
     def __call__(self, value: Tensor) -> Tensor:
         if value.dim() == 0 or value.shape[-1] != self.width:
@@ -259,24 +333,43 @@ class OneHot:
                 f"cannot project a value of shape {tuple(value.shape)} onto a one-hot spec: the "
                 f"last dim must be {self.width} wide, one entry per outcome."
             )
-        classes, *rest = self._tensors[value.device]
+        classes, tables, *rest = self._tensors[value.device]
         mask = rest[0] if self.masked else None
         if mask is not None:
             _check_shape(value, mask.shape)
-        if len(self.widths) == 1:
-            return reference.one_hot(value, classes, self.dtype, mask)
-        masks = (None,) * len(self.widths) if mask is None else mask.split(self.widths, -1)
-        rows = value.split(self.widths, -1)
-        return torch.cat(
-            [
-                reference.one_hot(row, classes[:n], self.dtype, row_mask)
-                for n, row, row_mask in zip(self.widths, rows, masks, strict=True)
-            ],
-            -1,
-        )
+        if not value.is_cpu or backend.mode != "auto":
+            dtype = self.dtype if mask is None else value.dtype
+            if _served(value, dtype):
+                if mask is not None:
+                    mask = _trailing(mask, value, mask.dim())
+                return one_hot_rows(value, mask, tables, self.widths, dtype, self.dtype)
+        return _one_hot(value, classes, mask, self.widths, self.dtype)
 
     def __repr__(self) -> str:
         return f"OneHot({self.widths}, {self.dtype}, masked={self.masked})"
+
+
+def _one_hot(
+    value: Tensor, classes: Tensor, mask: Tensor | None, widths: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """One-hot rows side by side, in plain PyTorch."""
+    if len(widths) == 1:
+        return reference.one_hot(value, classes, dtype, mask)
+    masks = (None,) * len(widths) if mask is None else mask.split(widths, -1)
+    return torch.cat(
+        [
+            reference.one_hot(row, classes[:n], dtype, row_mask)
+            for n, row, row_mask in zip(widths, value.split(widths, -1), masks, strict=True)
+        ],
+        -1,
+    )
+
+
+def _segment_tables(widths: Sequence[int]) -> Tensor:
+    """Where each segment of a row begins, their widths, and the segment of each entry, int32."""
+    n = torch.tensor(widths, dtype=torch.int32, device="cpu")
+    of = torch.repeat_interleave(torch.arange(len(n), dtype=torch.int32, device="cpu"), n)
+    return torch.cat((n.cumsum(0, dtype=torch.int32) - n, n, of))
 
 
 class Ask:
@@ -292,3 +385,217 @@ class Ask:
 
     def __repr__(self) -> str:
         return f"Ask({type(self.spec).__name__})"
+
+
+# the kernels' operators ---------------------------------------------------------------------
+
+
+def elements(
+    value: Tensor,
+    low: float,
+    high: float,
+    lows: Tensor | None,
+    highs: Tensor | None,
+    table: Tensor | None,
+    dtype: torch.dtype,
+    rounded: bool,
+) -> Tensor:
+    """Projects each element by itself, in one launch.
+
+    Args:
+        value: `[..., *shape]`.
+        low: lower bound; counts where `highs` is None.
+        high: upper bound, likewise.
+        lows: lower bounds of each element's own, `[*shape]`, contiguous; 0 where it is None and
+            `highs` is not.
+        highs: upper bounds likewise; with a table, those of the last dimension alone will do.
+        table: what each index becomes, int64 `[n]` or `[*shape, n]`, contiguous.
+        dtype: of the result. A clamp computes in it, everything else in that of the value.
+        rounded: whether the result is an index, which has a gradient of 0.
+
+    Returns:
+        `[..., *shape]`, contiguous.
+    """
+    if not _needs_gradient(value):
+        return backend.kernels("projection").elements(
+            value, low, high, lows, highs, table, dtype, rounded
+        )
+    return torch.ops.fastprob.project_elements(value, low, high, lows, highs, table, dtype, rounded)
+
+
+def one_hot_rows(
+    value: Tensor,
+    mask: Tensor | None,
+    tables: Tensor,
+    widths: Sequence[int],
+    dtype: torch.dtype,
+    spec_dtype: torch.dtype,
+) -> Tensor:
+    """Projects one-hot rows side by side, in one launch.
+
+    Args:
+        value: `[..., n]`.
+        mask: which entries may be set, bool, of the last dimensions of the value, contiguous.
+        tables: what `_segment_tables` says of the widths.
+        widths: of the rows, n in all.
+        dtype: of the result.
+        spec_dtype: a value of this type, `bool` aside, may be a member already, which stays.
+
+    Returns:
+        `[..., n]`, contiguous.
+    """
+    member = value.dtype is spec_dtype and spec_dtype is not torch.bool
+    # A result that is no part of the value has no gradient.
+    if not member:
+        value = value.detach()
+    if not _needs_gradient(value):
+        return backend.kernels("projection").one_hot(value, mask, tables, widths, dtype, member)[0]
+    return torch.ops.fastprob.project_one_hot(value, mask, tables, list(widths), dtype, member)[0]
+
+
+def _elements_op(value, low, high, lows, highs, table, dtype, rounded):
+    if _served(value, value.dtype):
+        return backend.kernels("projection").elements(
+            value, low, high, lows, highs, table, dtype, rounded
+        )
+    if table is not None:
+        return reference.nearest_valid(value, table, high if highs is None else highs)
+    if rounded and highs is None:
+        return reference.round_clamp(value, high)
+    if rounded:
+        return reference.round_clamp_to(value, highs, dtype)
+    if highs is None:
+        return reference.clamp(value, low, high, dtype)
+    if lows.dtype is torch.bool:
+        return reference.clamp_bool(value, lows, highs)
+    return torch.clamp(value, lows, highs)
+
+
+def _elements_fake(value, low, high, lows, highs, table, dtype, rounded):
+    return value.new_empty(value.shape, dtype=dtype)
+
+
+def _elements_setup(ctx, inputs, output):
+    value, ctx.low, ctx.high, lows, highs, table, _, rounded = inputs
+    ctx.index = rounded or table is not None
+    ctx.save_for_backward(value, lows, highs)
+
+
+def _elements_gradient(ctx, grad):
+    value, lows, highs = ctx.saved_tensors
+    if ctx.index:
+        made = torch.zeros_like(value)
+    else:
+        made = torch.ops.fastprob.project_clamp_backward(
+            grad, value, ctx.low, ctx.high, lows, highs
+        )
+    return made, *(None,) * 7
+
+
+def _elements_vmap(info, in_dims, value, *rest):
+    value = lead(value, in_dims[0], info.batch_size)
+    return torch.ops.fastprob.project_elements(value, *rest), 0
+
+
+def _clamp_backward_op(grad, value, low, high, lows, highs):
+    if _served(value, value.dtype):
+        return backend.kernels("projection").clamp_backward(grad, value, low, high, lows, highs)
+    kept = (value >= (low if highs is None else lows)) & (
+        value <= (high if highs is None else highs)
+    )
+    return torch.where(kept, grad, 0.0).to(value.dtype)
+
+
+def _clamp_backward_setup(ctx, inputs, output):
+    _, value, ctx.low, ctx.high, lows, highs = inputs
+    ctx.save_for_backward(value, lows, highs)
+
+
+def _clamp_backward_gradient(ctx, grad):
+    value, lows, highs = ctx.saved_tensors
+    made = torch.ops.fastprob.project_clamp_backward(grad, value, ctx.low, ctx.high, lows, highs)
+    return made, *(None,) * 5
+
+
+def _clamp_backward_vmap(info, in_dims, grad, value, *rest):
+    grad, value = (
+        lead(t, d, info.batch_size) for t, d in zip((grad, value), in_dims, strict=False)
+    )
+    return torch.ops.fastprob.project_clamp_backward(grad, value, *rest), 0
+
+
+def _one_hot_op(value, mask, tables, widths, dtype, member):
+    if _served(value, dtype):
+        made, members = backend.kernels("projection").one_hot(
+            value, mask, tables, widths, dtype, member, keep=True
+        )
+        return made, members
+    classes = torch.arange(max(widths), device=value.device)
+    # Any type but the value's own: members are not kept as they are.
+    spec_dtype = value.dtype if member else dtype if mask is None else torch.bool
+    made = _one_hot(value, classes, mask, widths, spec_dtype)
+    masks = (None,) * len(widths) if mask is None else mask.split(widths, -1)
+    found = [
+        reference.is_one_hot(row, part)
+        for row, part in zip(value.split(widths, -1), masks, strict=True)
+    ]
+    return made, torch.cat(found, -1)
+
+
+def _one_hot_fake(value, mask, tables, widths, dtype, member):
+    return (
+        value.new_empty(value.shape, dtype=dtype),
+        value.new_empty((*value.shape[:-1], len(widths)), dtype=torch.bool),
+    )
+
+
+def _one_hot_setup(ctx, inputs, output):
+    _, _, tables, ctx.widths, _, ctx.member = inputs
+    ctx.save_for_backward(tables, output[1])
+
+
+def _one_hot_gradient(ctx, grad, _):
+    tables, members = ctx.saved_tensors
+    made = None
+    if ctx.member:
+        # Members are the value itself, other rows are constants.
+        if len(ctx.widths) > 1:
+            members = members.index_select(-1, tables[2 * len(ctx.widths) :])
+        made = torch.where(members, grad, 0.0)
+    return made, *(None,) * 5
+
+
+def _one_hot_vmap(info, in_dims, value, *rest):
+    value = lead(value, in_dims[0], info.batch_size)
+    return torch.ops.fastprob.project_one_hot(value, *rest), (0, 0)
+
+
+register(
+    "project_clamp_backward",
+    "(Tensor grad, Tensor value, Scalar low, Scalar high, Tensor? lows, Tensor? highs) -> Tensor",
+    _clamp_backward_op,
+    lambda grad, value, low, high, lows, highs: value.new_empty(value.shape),
+    setup=_clamp_backward_setup,
+    backward=_clamp_backward_gradient,
+    vmap=_clamp_backward_vmap,
+)
+register(
+    "project_elements",
+    "(Tensor value, Scalar low, Scalar high, Tensor? lows, Tensor? highs, Tensor? table, "
+    "ScalarType dtype, bool rounded) -> Tensor",
+    _elements_op,
+    _elements_fake,
+    setup=_elements_setup,
+    backward=_elements_gradient,
+    vmap=_elements_vmap,
+)
+register(
+    "project_one_hot",
+    "(Tensor value, Tensor? mask, Tensor tables, int[] widths, ScalarType dtype, bool member) -> "
+    "(Tensor, Tensor)",
+    _one_hot_op,
+    _one_hot_fake,
+    setup=_one_hot_setup,
+    backward=_one_hot_gradient,
+    vmap=_one_hot_vmap,
+)
