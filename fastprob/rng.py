@@ -329,6 +329,14 @@ def _register(schema: str, impl: Any, fake: Any, *tags: torch.Tag) -> None:
 
 
 def register_draw(name: str, arguments: str, impl: Any, fake: Any) -> None:
+    """Registers the three overloads of a draw.
+
+    Args:
+        name: of the operator.
+        arguments: its arguments in a schema, the first tensor of which gives the device.
+        impl: what draws, from a generator (None for torch's default one) and these arguments.
+        fake: gives an output of the right shape, dtype and device from these arguments.
+    """
     seeded = torch.Tag.nondeterministic_seeded
 
     def default(*args):

@@ -171,3 +171,28 @@ def test_a_fresh_sample_is_never_scored_by_log_prob(device, monkeypatch):
     for kind in KINDS:
         with set_interaction_type(kind):
             head()(parameters(device))
+
+
+@pytest.mark.parametrize("source", ["none", "int", "generator", "stream", "key"])
+@pytest.mark.parametrize("safe", [False, True])
+def test_compiled_draws_are_the_eager_ones(source, safe, device):
+    spec = Bounded(low=-1.0, high=1.0, shape=(4,), device=device) if safe else None
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(1)
+        generator = {
+            "none": None,
+            "int": 5,
+            "generator": torch.Generator(device).manual_seed(5),
+            "stream": CounterStream(5, device),
+            "key": "seed",
+        }[source]
+        module = head(spec, generator=generator, default_interaction_type="random")
+        call = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
+        td = TensorDict(dict(parameters(device)[0].items()))
+        td["seed"] = torch.tensor(3, device=device)
+        results.append([call(td)["action"].clone() for _ in range(2)])
+    (first, second), (first_compiled, second_compiled) = results
+    assert torch.equal(first, first_compiled) and torch.equal(second, second_compiled)
+    assert not torch.equal(first, second)
