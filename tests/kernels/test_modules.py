@@ -190,8 +190,9 @@ def test_compiled_draws_are_the_eager_ones(source, safe, device):
         }[source]
         module = head(spec, generator=generator, default_interaction_type="random")
         call = torch.compile(module, backend="aot_eager", fullgraph=True) if compiled else module
-        td = TensorDict(dict(parameters(device)[0].items()))
-        td["seed"] = torch.tensor(3, device=device)
+        loc = torch.zeros(4, device=device)
+        seed = torch.tensor(3, device=device)
+        td = TensorDict({"loc": loc, "scale": loc + 0.5, "seed": seed})
         results.append([call(td)["action"].clone() for _ in range(2)])
     (first, second), (first_compiled, second_compiled) = results
     assert torch.equal(first, first_compiled) and torch.equal(second, second_compiled)
