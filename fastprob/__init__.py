@@ -19,6 +19,7 @@ from fastprob.accelerate import accelerate
 from fastprob.backend import get_backend, set_backend, using_backend
 from fastprob.counter import CounterStream
 from fastprob.distributions import CompositeDistribution
+from fastprob.export import export_policy, load_policy
 from fastprob.interaction import InteractionType, interaction_type, set_interaction_type
 from fastprob.modules import ProbabilisticTensorDictModule
 from fastprob.safe import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential
@@ -39,8 +40,10 @@ __all__ = [
     "SafeProbabilisticModule",
     "SafeProbabilisticTensorDictSequential",
     "accelerate",
+    "export_policy",
     "get_backend",
     "interaction_type",
+    "load_policy",
     "rollout",
     "set_backend",
     "set_interaction_type",
