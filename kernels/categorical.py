@@ -152,9 +152,12 @@ def _load(
 def _store(
     ptr, x, first, total_rows,
     A: tl.constexpr, COUNT: tl.constexpr, REP: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr,
+    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
-    """Stores a tile `[REP, ROWS, LANES]` of the rows from `first` on, contiguous."""
+    """Stores a tile `[REP, ROWS, LANES]` of the rows from `first` on, contiguous.
+
+    SAME: whether rows past the end hold what the last one does, so that no mask is needed.
+    """
     start = first * A
     if PIECE > 0:
         i = tl.arange(0, COUNT)
@@ -174,7 +177,11 @@ def _store(
         k, _ = _columns(A, REP, LANES, PIECE)
         r = tl.arange(0, ROWS)[None, :, None]
         x = tl.broadcast_to(x, [REP, ROWS, LANES]).to(ptr.dtype.element_ty)
-        tl.store(ptr + start + (r * A + k), x, mask=r < (total_rows - first).to(tl.int32))
+        last = (total_rows - 1 - first).to(tl.int32)
+        if SAME:
+            tl.store(ptr + start + (tl.minimum(r, last) * A + k), x)
+        else:
+            tl.store(ptr + start + (r * A + k), x, mask=r <= last)
 
 
 @triton.jit
@@ -425,9 +432,12 @@ def _draw_rows(
         )  # fmt: skip
     if VALUE == ONE_HOT:
         hot = (k == chosen).to(tl.float32)
-        _store(value, hot, first, total_rows, A, COUNT, REP, ROWS, LANES, PIECE, OWN)
+        _store(value, hot, first, total_rows, A, COUNT, REP, ROWS, LANES, PIECE, OWN, False)
     elif VALUE == PROBS_VALUE:
-        _store(value, e * inverse, first, total_rows, A, COUNT, REP, ROWS, LANES, PIECE, OWN)
+        _store(
+            value, e * inverse, first, total_rows,
+            A, COUNT, REP, ROWS, LANES, PIECE, OWN, False,
+        )  # fmt: skip
     elif VALUE == MEAN_INDEX:
         mean = _over(e * k.to(tl.float32)) * inverse
         tl.store(value + first + r, mean.to(value.dtype.element_ty), mask=exists)
@@ -836,6 +846,8 @@ def _backward_rows(
     )  # fmt: skip
     k, _ = _columns(A, REP, LANES, PIECE)
     r = tl.arange(0, ROWS)[None, :, None]
+    if PIECE == 0:
+        r = tl.minimum(r, (total_rows - 1 - first).to(tl.int32))
     exists = r < tl.minimum(total_rows - first, OWN).to(tl.int32)
     by_value = tl.zeros([REP, ROWS, LANES], tl.float32)
     by_score = 0.0
@@ -862,7 +874,7 @@ def _backward_rows(
             by_score = tl.where(picked == float("-inf"), 0.0, by_score)
     if BY_ENTROPY:
         # The entropy has no sample dimensions: its gradient goes to the first sample alone.
-        of_first = r < tl.minimum(rows - first, OWN).to(tl.int32)
+        of_first = r < (rows - first).to(tl.int32)
         by_entropy = tl.load(grad_entropy + first + r, mask=of_first, other=0.0).to(tl.float32)
     if PROBS:
         e = _padded(x, REP, LANES, PIECE, A)
@@ -883,7 +895,7 @@ def _backward_rows(
         slope = _slope(
             p, d, k, chosen, by_value, by_score, by_entropy, mean, weighted, BY_SCORE, BY_ENTROPY
         )
-    _store(grad, slope, first, total_rows, A, COUNT, REP, ROWS, LANES, PIECE, OWN)
+    _store(grad, slope, first, total_rows, A, COUNT, REP, ROWS, LANES, PIECE, OWN, True)
 
 
 @triton.jit
@@ -1062,6 +1074,7 @@ def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False
     power = a & (a - 1) == 0
     if a > (SPLIT_MOST if power else GATHER_MOST):
         count, warps = CHUNK if rows >= FEW_WIDE else CHUNK_OF_FEW
+        count = count * held // 64
         chunks = triton.next_power_of_2(-(-a // count))
         return Tile(rows, count, 1, 1, 1, 0, 1, False, chunks, warps)
     if power:

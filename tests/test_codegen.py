@@ -48,8 +48,9 @@ def _check_vectors(case, code):
     size = 2 if "bf16" in case.name or "fp16" in case.name else 4
     # What a thread handles of a tile, in whole vectors.
     per_thread = case.constants["COUNT"] * size // (32 * case.warps) // 16
-    assert code.widths["LDG.128"] >= per_thread
-    assert code.widths["STG.128"] >= per_thread
+    loads, stores = case.accesses or (per_thread, per_thread)
+    assert code.widths["LDG.128"] >= loads
+    assert code.widths["STG.128"] >= stores
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100"])

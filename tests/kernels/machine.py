@@ -42,6 +42,8 @@ class Case:
         slots: most issue slots for each element on sm_90, None where nothing is demanded.
         vectors: whether every load and store of a tile must be one of 128 bits.
         everywhere: whether it is compiled for every target, not for sm_90 alone.
+        accesses: 128-bit loads and stores of a thread at the least; None where they are those of
+            COUNT elements.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Case:
     slots: float | None = None
     vectors: bool = True
     everywhere: bool = False
+    accesses: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -152,14 +155,17 @@ def shortest_way(instructions: list[tuple[int, str]]) -> list[str]:
         text = instructions[i][1]
         predicate, opcode = _split(text)
         name = opcode.split(".")[0]
-        if name in ("EXIT", "RET"):
+        if name == "EXIT":
             return None if predicate is None else [i + 1]
-        if name != "BRA":
+        if name == "RET":
+            # Back to behind a call, which the way has gone on from already.
+            return []
+        if name not in ("BRA", "CALL"):
             return [i + 1]
         found = re.search(r"(0x[0-9a-f]+)", text)
         target = index.get(int(found[1], 16)) if found else None
         # A branch may carry its condition as an operand.
-        always = predicate is None and not re.search(r"\bU?P\d", text)
+        always = name == "BRA" and predicate is None and not re.search(r"\bU?P\d", text)
         taken = [] if target is None else [target]
         return taken if always else [*taken, i + 1]
 

@@ -1,0 +1,153 @@
+"""The specialisations of the categorical kernels whose machine code is looked at."""
+
+from __future__ import annotations
+
+from fastprob.kernels import categorical as kernels
+from tests.kernels.machine import Case
+
+ROWS = 1 << 22
+RANDOM, MEDIAN, MODE = kernels.RANDOM.value, kernels.MEDIAN.value, kernels.MODE.value
+ONE_HOT, PROBS_VALUE = kernels.ONE_HOT.value, kernels.PROBS_VALUE.value
+
+
+def _types(dtype: str, value: str = "i64") -> dict[str, str]:
+    floats = "given", "score", "entropy", "grad", "grad_value", "grad_score", "grad_entropy"
+    integers = (
+        "seed", "call", "total_rows", "rows", "given_row", "given_column", "mask_row",
+        "mask_column", "value_row", "value_column",
+    )  # fmt: skip
+    return {
+        **dict.fromkeys(floats, f"*{dtype}"),
+        **dict.fromkeys(integers, "i64"),
+        **dict.fromkeys(("index", "state", "used"), "*i64"),
+        "value": f"*{value}",
+        "mask": "*u8",
+        "ticket": "*i32",
+        "neg_inf": "fp32",
+    }
+
+
+def _size(dtype: str) -> int:
+    return 4 if dtype == "fp32" else 2
+
+
+def _case(name, kernel, tile, a, dtype, types, flags, wanted, moved, slots, everywhere, stored):
+    constants = {
+        "A": a, "COUNT": tile.count, "REP": tile.rep, "ROWS": tile.rows, "LANES": tile.lanes,
+        "PIECE": tile.piece, "OWN": tile.own, "CHUNKS": tile.chunks, "GIVEN": 0,
+        "EPS": 2.0**-23, "FAST": True, **flags,
+        **dict.fromkeys((n for n, needed in wanted.items() if not needed), None),
+    }  # fmt: skip
+    wide = tile.chunks > 0
+    elements = tile.count if wide else tile.own * a
+    # Rows of a wide A that is no multiple of 4 begin anywhere: read one element at a time. Rows of
+    # less than 16 bytes are read whole.
+    whole = a % 8 == 0 if wide else bool(tile.piece) or a * _size(dtype) >= 16
+    vectors = elements * _size(dtype) // (32 * tile.warps) // 16 if whole else 0
+    return Case(
+        f"categorical-{name}", kernel, types, constants, tile.warps, elements, moved,
+        None if wide else slots, everywhere=everywhere,
+        accesses=(vectors, vectors * stored // _size(dtype)),
+    )  # fmt: skip
+
+
+def _name(start, a, dtype, flags):
+    return "-".join([f"{start}-{a}-{dtype}", *(f"{k}={v}" for k, v in flags.items())])
+
+
+def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = False, **flags) -> Case:
+    """Index, score and entropy; with a VALUE also one-hot vectors, or probabilities."""
+    flags = {**flags}
+    name = _name("draw", a, dtype, flags)
+    value = flags.get("VALUE", 0)
+    tile = kernels.tiling(ROWS, a, _size(dtype), tight=value >= ONE_HOT)
+    given = {
+        "MASK": -1, "PROBS": False, "KIND": RANDOM, "INDEX": True, "VALUE": 0, "SCORE": True,
+        "ENTROPY": True, "KEEP": False, "SHARED": tile.shared, **flags,
+    }  # fmt: skip
+    random = given["KIND"] == RANDOM
+    given.update(HOST=not random, ADVANCE=random)
+    wanted = {
+        "mask": given["MASK"] >= 0, "index": given["INDEX"], "value": value,
+        "score": given["SCORE"], "entropy": given["ENTROPY"], "used": given["KEEP"],
+        "state": random, "ticket": random, "seed": False, "call": False,
+    }  # fmt: skip
+    of_row = 8 * given["INDEX"] + _size(dtype) * (given["SCORE"] + given["ENTROPY"])
+    stored = {0: 0, ONE_HOT: 8, PROBS_VALUE: _size(dtype)}[value]
+    moved = _size(dtype) + (given["MASK"] >= 0) + stored + of_row / a
+    return _case(
+        name, kernels.draw_kernel, tile, a, dtype,
+        _types(dtype, "i64" if value == ONE_HOT else dtype), given, wanted, moved, slots,
+        everywhere, stored,
+    )  # fmt: skip
+
+
+def score(
+    a: int, dtype: str, slots: float | None = None, everywhere: bool = False, **flags
+) -> Case:
+    """Score and entropy of stored indices; of int64 one-hot vectors where HOT."""
+    name = _name("score", a, dtype, flags)
+    tile = kernels.tiling(ROWS, a, _size(dtype))
+    given = {
+        "MASK": -1, "PROBS": False, "VALUE": 0, "HOT": False, "INDEX": False, "SCORE": True,
+        "ENTROPY": True, **flags,
+    }  # fmt: skip
+    wanted = {"mask": given["MASK"] >= 0, "index": given["INDEX"]}
+    moved = _size(dtype) + 8 * given["HOT"] + (8 * (not given["HOT"]) + 2 * _size(dtype)) / a
+    return _case(
+        name, kernels.score_kernel, tile, a, dtype, _types(dtype), given, wanted, moved, slots,
+        everywhere, 0,
+    )  # fmt: skip
+
+
+def backward(
+    a: int, dtype: str, slots: float | None = None, everywhere: bool = False, **flags
+) -> Case:
+    """The gradient of score and entropy; with BY_VALUE that of probabilities as well."""
+    name = _name("backward", a, dtype, flags)
+    tile = kernels.tiling(ROWS, a, _size(dtype), kernels.HELD_BACKWARD, True)
+    given = {
+        "MASK": -1, "PROBS": False, "VALUE": 0, "BY_VALUE": 0, "BY_SCORE": True,
+        "BY_ENTROPY": True, **flags,
+    }  # fmt: skip
+    wanted = {"mask": given["MASK"] >= 0, "grad_value": given["BY_VALUE"]}
+    read = 2 + bool(given["BY_VALUE"])
+    moved = read * _size(dtype) + (8 + 2 * _size(dtype)) / a
+    return _case(
+        name, kernels.backward_kernel, tile, a, dtype, _types(dtype), given, wanted, moved, slots,
+        everywhere, _size(dtype),
+    )  # fmt: skip
+
+
+# KERNELS.md's limits: 33 for a draw at A = 18, 17 at A = 256. The others are what was measured and
+# up to 15% more; memory allows 7.8 slots for each byte.
+CASES = [
+    draw(18, "fp32", 29, everywhere=True),
+    draw(18, "bf16", 33),
+    draw(256, "fp32", 17, everywhere=True),
+    draw(256, "bf16", 17),
+    draw(3, "fp32", 53),
+    draw(8, "fp32", 28),
+    draw(64, "fp32", 21),
+    draw(257, "fp32", 28),
+    draw(1000, "fp32", 28),
+    draw(2048, "fp32", 19),
+    draw(32768, "fp32", everywhere=True),
+    draw(50257, "bf16"),
+    draw(18, "fp32", 18.5, KIND=MODE),
+    draw(256, "fp32", 14, KIND=MEDIAN),
+    draw(18, "fp32", 52, VALUE=ONE_HOT),
+    draw(256, "fp32", 24, VALUE=ONE_HOT),
+    draw(18, "fp32", 40, MASK=0),
+    draw(18, "fp32", 28, PROBS=True),
+    score(18, "fp32", 16.5),
+    score(256, "fp32", 10, everywhere=True),
+    score(256, "fp32", 20, HOT=True),
+    score(32768, "fp32", MASK=0),
+    backward(18, "fp32", 40),
+    backward(256, "fp32", 21, everywhere=True),
+    backward(256, "fp32", 24.5, BY_VALUE=PROBS_VALUE),
+    backward(18, "fp32", 50, PROBS=True, BY_VALUE=PROBS_VALUE),
+    backward(1000, "fp32", 75),
+    backward(32768, "fp32", everywhere=True, BY_VALUE=PROBS_VALUE),
+]
