@@ -454,6 +454,8 @@ class Stream:
         self.key = key
         # A state that was loaded before there was a generator.
         self._loaded: Tensor | None = None
+        # Kept apart: what a compiler reads it guards on, and a seed's generator is made by a call.
+        self.counted = isinstance(generator, CounterStream)
         self._register()
 
     def _register(self) -> None:
@@ -469,6 +471,7 @@ class Stream:
             else generator,
             "seed": self.seed,
             "key": self.key,
+            "counted": self.counted,
             "_loaded": None if loaded is None else bytes(loaded.tolist()),
         }
 
@@ -606,8 +609,8 @@ class Stream:
             TypeError: if the key holds something that is no generator and no seed.
         """
         if self.key is None:
-            if isinstance(self.generator, CounterStream):
-                return self.generator, None  # type: ignore[return-value]
+            if self.counted:
+                return self.generator, None
             if _is_exporting():
                 raise RuntimeError(
                     "an exported graph draws from torch's default generator, or from a "

@@ -19,6 +19,8 @@ from fastprob.sequential import ProbabilisticTensorDictSequential
 from fastprob.specs import Composite, as_composite, fits, projection_plan
 from fastprob.specs.plan import _is_composite
 
+_is_compiling = torch.compiler.is_compiling
+
 
 class _HasSpec:
     """`random` for modules with a `spec`, a composite one."""
@@ -139,7 +141,9 @@ class SafeProbabilisticModule(_HasSpec, ProbabilisticTensorDictModule):
         if projection is None or not dist.carry(projection):
             return False
         shape = (self.num_samples or EMPTY) + dist.batch_shape + dist.event_shape
-        if self._fitting.get(keys[0]) != shape:
+        if _is_compiling():
+            self._check_fit(keys[0], shape)
+        elif self._fitting.get(keys[0]) != shape:
             self._check_fit(keys[0], shape)
             self._fitting[keys[0]] = shape
         return True
@@ -153,7 +157,10 @@ class SafeProbabilisticModule(_HasSpec, ProbabilisticTensorDictModule):
             projection = projections.get(key)
             if projection is not None:
                 shape = value.shape
-                if fitting.get(key) != shape:
+                if _is_compiling():
+                    # What is kept would be a condition of the graph, and its first call change it.
+                    self._check_fit(key, shape)
+                elif fitting.get(key) != shape:
                     self._check_fit(key, shape)
                     fitting[key] = shape
                 if kind is None or getattr(projection, "covers", None) != kind:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch._dynamo.testing
 from tensordict import NonTensorData, TensorDict
 from tensordict import nn as tdnn
 from torch import distributions as D
