@@ -25,7 +25,7 @@ Source: Haarnoja et al. 2018, "Soft actor-critic", appendix C; a draw's gradient
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -50,8 +50,8 @@ from fastprob.kernels._launch import (
     tail,
 )
 
-# log(2 pi) / 2 of the Normal, and log(4) of the Jacobian
-BIAS = tl.constexpr(2.305232894324563)
+# What the terms of a drawn value lack: log(2 pi) / 2 of the Normal, and log(4) of the Jacobian.
+DRAWN = tl.constexpr(2.305232894324563)
 # 1 minus the resolution of the dtype, rounded to it: the largest |tanh| that is let through.
 LIMITS = {
     dtype: torch.tensor(1.0 - torch.finfo(dtype).resolution, dtype=dtype, device="cpu").item()
@@ -59,43 +59,34 @@ LIMITS = {
 }
 
 
-class Interval(NamedTuple):
-    """The interval of the values, `mid + half tanh(x)`: numbers, or tensors `[A]`, contiguous.
+def _span(bounds: Any) -> tuple[int, Any, Any, Any, Any, Any]:
+    """How a kernel reads the interval: numbers and tensors, of which it takes what it needs.
 
-    Attributes:
-        half: half the width as a number.
-        mid: middle as a number.
-        log_half: logarithm of `half`.
-        halves: half the widths of a row's elements; None where the numbers count.
-        mids: middles likewise.
+    Args:
+        bounds: the operators' `Bounds`: half the width, middle and logarithm of the half, numbers
+            or contiguous tensors of an event.
+
+    Returns:
+        0 for (-1, 1), 1 for numbers, 2 for tensors; half, middle and logarithm of the half as
+        numbers; half and middle as tensors.
     """
-
-    half: float = 1.0
-    mid: float = 0.0
-    log_half: float = 0.0
-    halves: Tensor | None = None
-    mids: Tensor | None = None
-
-    @property
-    def kind(self) -> int:
-        """0 for (-1, 1), 1 for numbers, 2 for tensors, as the kernels name them."""
-        if self.halves is not None:
-            return 2
-        return 0 if self.half == 1.0 and self.mid == 0.0 else 1
-
-
-UNIT = Interval()
+    if isinstance(bounds.half, Tensor):
+        return 2, None, None, None, bounds.half, bounds.mid
+    if bounds.half == 1.0 and bounds.mid == 0.0:
+        return 0, None, None, None, None, None
+    return 1, bounds.half, bounds.mid, bounds.log_half, None, None
 
 
 @triton.jit
 def _draw_tile(
-    loc, scale, value, low, high, lo, hi, halves, mids, half, mid, seed, call, start, skip, left,
+    loc, scale, value, low, high, lo, hi, halves, mids, half, mid, log_half,
+    seed, call, start, skip, left,
     rows, loc_row, loc_column, scale_row, scale_column,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, LOC: tl.constexpr,
     SCALE: tl.constexpr, RANDOM: tl.constexpr, SCORE: tl.constexpr, SPAN: tl.constexpr,
     LIMIT: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the values of one tile; gives minus their scores but for constants, 0 outside."""
+    """Writes the values of one tile; gives minus their scores, 0 outside."""
     i = tl.arange(0, COUNT)
     inside = (i >= skip) & (i < left)
     mu = tile.load(loc, start, i, inside, 0.0, rows, loc_row, loc_column, A, COUNT, LOC, WHOLE)
@@ -126,27 +117,17 @@ def _draw_tile(
         inner = sigma * q * q
         if SPAN == 2:
             inner = inner * width
-        energy = m.log(inner, FAST)
+        # Constants here and not in the sums, which would grow beyond the scores: no instruction.
+        constant = DRAWN
+        if SPAN == 1:
+            constant += log_half
+        energy = m.log2(inner, FAST) * m.LN2 + constant
         if RANDOM:
             energy += z * z * 0.5
         energy = energy - tl.abs(x) * 2.0
         if not WHOLE:
             energy = tl.where(inside, energy, 0.0)
     return energy
-
-
-@triton.jit
-def _store_scores(
-    score, energy, log_half, first, total_rows,
-    A: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, OWN: tl.constexpr,
-    GATHER: tl.constexpr, SCORE: tl.constexpr, SPAN: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """The scores of a tile's rows, from its terms."""
-    if SCORE:
-        sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER) + A * BIAS
-        if SPAN == 1:
-            sums += log_half * A
-        tile.store_rows(score, first, -sums, total_rows, ROWS, OWN, WHOLE)
 
 
 @triton.jit(do_not_specialize=["seed", "call", "total_rows", "rows"])
@@ -172,39 +153,36 @@ def draw_kernel(
         for chunk in range(0, tile.span(A, COUNT), COUNT):
             skip = (begin - start - chunk).to(tl.int32)
             energies += _draw_tile(
-                loc, scale, value, low, high, lo, hi, halves, mids, half, mid, seed, call,
+                loc, scale, value, low, high, lo, hi, halves, mids, half, mid, log_half, seed, call,
                 start + chunk, skip, skip + A, rows, loc_row, loc_column, scale_row, scale_column,
                 A, COUNT, COUNT, LOC, SCALE, RANDOM, SCORE, SPAN, LIMIT, CLAMP, FAST,
                 A % COUNT == 0,
             )  # fmt: skip
-        _store_scores(
-            score, energies, log_half, program, total_rows,
-            A, COUNT, 1, 1, False, SCORE, SPAN, True,
-        )  # fmt: skip
+        if SCORE:
+            sums = tile.sum_rows(energies, A, COUNT, 1, False)
+            tile.store_rows(score, program, -sums, total_rows, 1, 1, True)
     else:
         start = program * TILE
         end = total_rows * A
         if start + COUNT <= end:
             energy = _draw_tile(
-                loc, scale, value, low, high, lo, hi, halves, mids, half, mid, seed, call,
+                loc, scale, value, low, high, lo, hi, halves, mids, half, mid, log_half, seed, call,
                 start, 0, COUNT, rows, loc_row, loc_column, scale_row, scale_column,
                 A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, SPAN, LIMIT, CLAMP, FAST, True,
             )  # fmt: skip
-            _store_scores(
-                score, energy, log_half, program * OWN, total_rows,
-                A, COUNT, ROWS, OWN, GATHER, SCORE, SPAN, True,
-            )  # fmt: skip
+            if SCORE:
+                sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER)
+                tile.store_rows(score, program * OWN, -sums, total_rows, ROWS, OWN, True)
         else:
             energy = _draw_tile(
-                loc, scale, value, low, high, lo, hi, halves, mids, half, mid, seed, call,
+                loc, scale, value, low, high, lo, hi, halves, mids, half, mid, log_half, seed, call,
                 start, 0, tl.minimum(end - start, TILE).to(tl.int32), rows,
                 loc_row, loc_column, scale_row, scale_column,
                 A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, SPAN, LIMIT, CLAMP, FAST, False,
             )  # fmt: skip
-            _store_scores(
-                score, energy, log_half, program * OWN, total_rows,
-                A, COUNT, ROWS, OWN, GATHER, SCORE, SPAN, False,
-            )  # fmt: skip
+            if SCORE:
+                sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER)
+                tile.store_rows(score, program * OWN, -sums, total_rows, ROWS, OWN, False)
     if RANDOM:
         random.close_state(state, used, ticket, seed, call, ADVANCE, KEEP)
 
@@ -310,12 +288,14 @@ def _unit(
     )
     if SPAN:
         y = (y - middle) * m.reciprocal(width, FAST)
+        if not WHOLE:
+            y = tl.where(inside, y, 0.0)
     return y
 
 
 @triton.jit
 def _score_tile(
-    loc, scale, value, halves, mids, half, mid, start, left, rows,
+    loc, scale, value, halves, mids, half, mid, log_half, start, left, rows,
     loc_row, loc_column, scale_row, scale_column, value_row, value_column,
     A: tl.constexpr, COUNT: tl.constexpr, LOC: tl.constexpr, SCALE: tl.constexpr,
     VALUE: tl.constexpr, SPAN: tl.constexpr, LIMIT: tl.constexpr, FAST: tl.constexpr,
@@ -337,7 +317,10 @@ def _score_tile(
     inner = sigma * ((1.0 - y) * (1.0 + y))
     if SPAN == 2:
         inner = inner * width
-    energy = m.log(inner, FAST) + z * z * 0.5
+    constant = m.HALF_LOG_2PI
+    if SPAN == 1:
+        constant += log_half
+    energy = m.log2(inner, FAST) * m.LN2 + constant + z * z * 0.5
     if not WHOLE:
         energy = tl.where(inside, energy, 0.0)
     return energy
@@ -359,38 +342,33 @@ def score_kernel(
         energies = tl.zeros([COUNT], tl.float32)
         for chunk in range(0, A, COUNT):
             energies += _score_tile(
-                loc, scale, value, halves, mids, half, mid, begin + chunk, A - chunk, rows,
+                loc, scale, value, halves, mids, half, mid, log_half, begin + chunk, A - chunk,
+                rows,
                 loc_row, loc_column, scale_row, scale_column, value_row, value_column,
                 A, COUNT, LOC, SCALE, VALUE, SPAN, LIMIT, FAST, A % COUNT == 0,
             )  # fmt: skip
-        _store_scores(
-            score, energies, log_half, program, total_rows,
-            A, COUNT, 1, 1, False, True, SPAN, True,
-        )  # fmt: skip
+        sums = tile.sum_rows(energies, A, COUNT, 1, False)
+        tile.store_rows(score, program, -sums, total_rows, 1, 1, True)
     else:
         start = program * TILE
         end = total_rows * A
         if start + COUNT <= end:
             energy = _score_tile(
-                loc, scale, value, halves, mids, half, mid, start, COUNT, rows,
+                loc, scale, value, halves, mids, half, mid, log_half, start, COUNT, rows,
                 loc_row, loc_column, scale_row, scale_column, value_row, value_column,
                 A, COUNT, LOC, SCALE, VALUE, SPAN, LIMIT, FAST, True,
             )  # fmt: skip
-            _store_scores(
-                score, energy, log_half, program * OWN, total_rows,
-                A, COUNT, ROWS, OWN, GATHER, True, SPAN, True,
-            )  # fmt: skip
+            sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER)
+            tile.store_rows(score, program * OWN, -sums, total_rows, ROWS, OWN, True)
         else:
             energy = _score_tile(
-                loc, scale, value, halves, mids, half, mid, start,
+                loc, scale, value, halves, mids, half, mid, log_half, start,
                 tl.minimum(end - start, TILE).to(tl.int32), rows,
                 loc_row, loc_column, scale_row, scale_column, value_row, value_column,
                 A, COUNT, LOC, SCALE, VALUE, SPAN, LIMIT, FAST, False,
             )  # fmt: skip
-            _store_scores(
-                score, energy, log_half, program * OWN, total_rows,
-                A, COUNT, ROWS, OWN, GATHER, True, SPAN, False,
-            )  # fmt: skip
+            sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER)
+            tile.store_rows(score, program * OWN, -sums, total_rows, ROWS, OWN, False)
 
 
 @triton.jit
@@ -462,12 +440,11 @@ def _limit(x: Tensor, safe: bool) -> float:
 def draw(
     loc: Tensor,  # [*batch, *event]
     scale: Tensor,  # [*batch, *event]
-    interval: Interval,
+    bounds: Any,
     shape: torch.Size,
     ndims: int,
     *,
     state: State | None,
-    safe: bool = True,
     score: bool = True,
     clamp: Any = None,
     keep: bool = False,
@@ -477,11 +454,10 @@ def draw(
     Args:
         loc: mean before tanh; of one shape, dtype and device with `scale`.
         scale: standard deviation before tanh.
-        interval: where the values lie.
+        bounds: the `Bounds` where the values lie, and whether |tanh| is limited.
         shape: sample dimensions in front of the value.
         ndims: number of event dimensions, summed over.
         state: where the noise comes from; None for the squashed mean.
-        safe: whether |tanh| is limited to 1 minus the dtype's resolution.
         score: whether the log-density is wanted.
         clamp: the `Bounds` that the value is projected onto, after it was scored.
         keep: whether the backward pass needs the state.
@@ -502,6 +478,7 @@ def draw(
             scores.zero_()
         return value, scores, used if used is None else used.zero_()
     rows, total_rows = loc.numel() // a, total // a
+    span, half, mid, log_half, halves, mids = _span(bounds)
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
     kind, lo, hi, low, high = bounds_of(clamp)
@@ -510,12 +487,12 @@ def draw(
     with launching(loc):
         draw_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, value, scores, low, high, lo, hi,
-            interval.halves, interval.mids, interval.half, interval.mid, interval.log_half,
+            halves, mids, half, mid, log_half,
             source.pair, used, source.ticket, source.seed, source.call,
             total_rows, rows, mu.row, mu.column, sigma.row, sigma.column,
             A=a, COUNT=grid.count, TILE=grid.tile, ROWS=grid.rows, OWN=grid.own,
             GATHER=grid.gather, WIDE=grid.wide, LOC=mu.layout, SCALE=sigma.layout,
-            RANDOM=state is not None, SCORE=score, SPAN=interval.kind, LIMIT=_limit(loc, safe),
+            RANDOM=state is not None, SCORE=score, SPAN=span, LIMIT=_limit(loc, bounds.safe),
             CLAMP=kind, HOST=source.pair is None,
             ADVANCE=source.ticket is not None, KEEP=used is not None, FAST=fast(loc),
             num_warps=grid.warps,
@@ -528,12 +505,11 @@ def draw_backward(
     grad_score: Tensor | None,  # [*sample, *batch]
     loc: Tensor,  # [*batch, *event]
     scale: Tensor,  # [*batch, *event]
-    interval: Interval,
+    bounds: Any,
     used: Tensor | None,
     shape: torch.Size,
     ndims: int,
     *,
-    safe: bool = True,
     clamp: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `draw` by loc and scale, `[*batch, *event]`.
@@ -546,11 +522,10 @@ def draw_backward(
         grad_score: gradient of the log-density, None for none.
         loc: as in `draw`.
         scale: as in `draw`.
-        interval: as in `draw`.
+        bounds: as in `draw`.
         used: what `draw` has kept; None for the squashed mean.
         shape: as in `draw`.
         ndims: as in `draw`.
-        safe: as in `draw`.
         clamp: as in `draw`.
     """
     a = event_numel(loc.shape, ndims)
@@ -558,6 +533,7 @@ def draw_backward(
     total = grad_loc.numel()
     if total == 0:
         return torch.zeros_like(loc), torch.zeros_like(scale)
+    span, half, mid, _, halves, mids = _span(bounds)
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
     upstream = parameter(grad_value if grad_value is not None else grad_loc, ndims, False)
@@ -567,12 +543,12 @@ def draw_backward(
         draw_backward_kernel[(programs,)](
             upstream.tensor, tail(grad_score), mu.tensor, sigma.tensor, grad_loc, grad_scale,
             low, high, lo, hi,
-            interval.halves, interval.mids, interval.half, interval.mid, used,
+            halves, mids, half, mid, used,
             total, loc.numel() // a, upstream.row, upstream.column, mu.row, mu.column,
             sigma.row, sigma.column,
             A=a, COUNT=count, VALUE=upstream.layout, LOC=mu.layout, SCALE=sigma.layout,
             RANDOM=used is not None, BY_VALUE=grad_value is not None,
-            BY_SCORE=grad_score is not None, SPAN=interval.kind, LIMIT=_limit(loc, safe),
+            BY_SCORE=grad_score is not None, SPAN=span, LIMIT=_limit(loc, bounds.safe),
             CLAMP=kind, FAST=fast(loc), num_warps=warps,
         )  # fmt: skip
     return fold(grad_loc, loc), fold(grad_scale, scale)
@@ -582,10 +558,8 @@ def score(
     loc: Tensor,  # [*batch, *event]
     scale: Tensor,  # [*batch, *event]
     value: Tensor,  # [*sample, *batch, *event]
-    interval: Interval,
+    bounds: Any,
     ndims: int,
-    *,
-    safe: bool = True,
 ) -> Tensor:
     """The log-density of a given value, `[*sample, *batch]`, of the dtype that both promote to.
 
@@ -593,9 +567,8 @@ def score(
         loc: mean before tanh; of one shape, dtype and device with `scale`.
         scale: standard deviation before tanh.
         value: what is scored; on or outside of the bounds as if just inside.
-        interval: where the values lie.
+        bounds: the `Bounds` where the values lie, and whether |tanh| is limited.
         ndims: number of event dimensions, summed over.
-        safe: whether |tanh| is limited to 1 minus the dtype's resolution.
     """
     shape = value.shape[: value.dim() - loc.dim()]
     batch = loc.shape[: loc.dim() - ndims]
@@ -606,6 +579,7 @@ def score(
     total_rows = rows * shape.numel()
     if total_rows == 0:
         return scores.zero_()
+    span, half, mid, log_half, halves, mids = _span(bounds)
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
     given = parameter(value, ndims, False)
@@ -613,11 +587,11 @@ def score(
     with launching(loc):
         score_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, given.tensor, scores,
-            interval.halves, interval.mids, interval.half, interval.mid, interval.log_half,
+            halves, mids, half, mid, log_half,
             total_rows, rows, mu.row, mu.column, sigma.row, sigma.column, given.row, given.column,
             A=a, COUNT=grid.count, TILE=grid.tile, ROWS=grid.rows, OWN=grid.own,
             GATHER=grid.gather, WIDE=grid.wide, LOC=mu.layout, SCALE=sigma.layout,
-            VALUE=given.layout, SPAN=interval.kind, LIMIT=_limit(loc, safe), FAST=fast(loc),
+            VALUE=given.layout, SPAN=span, LIMIT=_limit(loc, bounds.safe), FAST=fast(loc),
             num_warps=grid.warps,
         )  # fmt: skip
     return scores
@@ -628,10 +602,9 @@ def score_backward(
     loc: Tensor,  # [*batch, *event]
     scale: Tensor,  # [*batch, *event]
     value: Tensor,  # [*sample, *batch, *event]
-    interval: Interval,
+    bounds: Any,
     ndims: int,
     *,
-    safe: bool = True,
     to_value: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of `score` by loc, scale and value, of the shapes of these.
@@ -641,9 +614,8 @@ def score_backward(
         loc: as in `score`.
         scale: as in `score`.
         value: as in `score`.
-        interval: as in `score`.
+        bounds: as in `score`.
         ndims: as in `score`.
-        safe: as in `score`.
         to_value: whether the gradient of the value is wanted.
     """
     shape = value.shape[: value.dim() - loc.dim()]
@@ -655,6 +627,7 @@ def score_backward(
     total = grad_loc.numel()
     if total == 0:
         return torch.zeros_like(loc), torch.zeros_like(scale), grad_value
+    span, half, mid, _, halves, mids = _span(bounds)
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
     given = parameter(value, ndims, False)
@@ -662,11 +635,11 @@ def score_backward(
     with launching(loc):
         score_backward_kernel[(programs,)](
             tail(grad_score), mu.tensor, sigma.tensor, given.tensor, grad_loc, grad_scale,
-            grad_value, interval.halves, interval.mids, interval.half, interval.mid,
+            grad_value, halves, mids, half, mid,
             total, loc.numel() // a, mu.row, mu.column, sigma.row, sigma.column,
             given.row, given.column,
             A=a, COUNT=count, LOC=mu.layout, SCALE=sigma.layout, VALUE=given.layout,
-            TO_VALUE=to_value, SPAN=interval.kind, LIMIT=_limit(loc, safe), FAST=fast(loc),
+            TO_VALUE=to_value, SPAN=span, LIMIT=_limit(loc, bounds.safe), FAST=fast(loc),
             num_warps=warps,
         )  # fmt: skip
     return fold(grad_loc, loc), fold(grad_scale, scale), grad_value

@@ -351,7 +351,7 @@ def _draw_tile(
     log_size = energy
     entropy = energy
     if SCORE or ENTROPY:
-        log_size = m.log(sigma * mass, FAST)
+        log_size = m.log2(sigma * mass, FAST) * m.LN2 + m.HALF_LOG_2PI
         energy += log_size
         if not WHOLE:
             energy = tl.where(inside, energy, 0.0)
@@ -371,11 +371,11 @@ def _store_sums(
     """The scores and entropies of a tile's rows, from its terms."""
     if SCORE:
         sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER)
-        tile.store_rows(score, first, -sums - A * m.HALF_LOG_2PI, total_rows, ROWS, OWN, WHOLE)
+        tile.store_rows(score, first, -sums, total_rows, ROWS, OWN, WHOLE)
     if ENTROPY:
         sums = tile.sum_rows(terms, A, COUNT, ROWS, GATHER)
         # An entropy has no sample dimensions: the rows of the first sample write it.
-        tile.store_rows(entropy, first, sums + A * m.HALF_LOG_2PI, rows, ROWS, OWN, False)
+        tile.store_rows(entropy, first, sums, rows, ROWS, OWN, False)
 
 
 @triton.jit(do_not_specialize=["seed", "call", "total_rows", "rows"])
@@ -631,7 +631,7 @@ def _score_tile(
         if ENTROPY:
             _, outer_second = _outer_moments(a, w, k_a, k_b, r, rest, FAST)
             second = tl.where(outer, outer_second, second)
-    log_size = m.log(sigma * mass, FAST)
+    log_size = m.log2(sigma * mass, FAST) * m.LN2 + m.HALF_LOG_2PI
     entropy = log_size
     if SCORE:
         energy = tl.where((x < least) | (x > most), float("inf"), energy + log_size)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributions as D
 from torch.distributions import constraints
 
-from fastprob import rng
+from fastprob import backend, rng
 from fastprob.distributions._base import (
     EMPTY,
     MEAN,
@@ -126,6 +126,13 @@ class TanhNormal(Fused):
 
     def _draw(self, shape, generator, score, pathwise):
         loc, scale = self.loc, self.scale
+        if backend.serves(loc):
+            bounds = ops.served_bounds(self._bounds, loc, self._ndims)
+            if bounds is not None:
+                return ops.draw(
+                    loc, scale, bounds, shape, self._ndims, generator, score=score,
+                    pathwise=pathwise, clamp=self._bounds_of_value,
+                )  # fmt: skip
         if score and not shape and not torch.is_grad_enabled() and not rng.counted(generator):
             rows = rows_per_piece(loc, scale, self._ndims)
             if rows and isinstance(self._bounds.half, float):
@@ -145,22 +152,41 @@ class TanhNormal(Fused):
 
     def _point(self, interaction: InteractionType, score: bool):
         loc, scale, bounds = self.loc, self.scale, self._bounds
+        served = ops.served_bounds(bounds, loc, self._ndims) if backend.serves(loc) else None
+        if served is not None and interaction is not MEAN and interaction is not MODE:
+            return ops.draw(
+                loc, scale, served, EMPTY, self._ndims, random=False, score=score,
+                clamp=self._bounds_of_value,
+            )  # fmt: skip
         if interaction is MEAN:
             unit = reference.mean(loc, scale)
             value = unit * bounds.half + bounds.mid
             return value, self.log_prob(value) if score else None
         x = reference.mode(loc, scale) if interaction is MODE else loc
         value = ops.squash(x, bounds)
-        if not score:
-            return value, None
-        return value, ops.log_prob_before(loc, scale, x, bounds, self._ndims)
+        log_prob = ops.log_prob_before(loc, scale, x, bounds, self._ndims) if score else None
+        if self._bounds_of_value is not None:
+            value = self._bounds_of_value.clamp(value)
+        return value, log_prob
+
+    def carry(self, projection: Any) -> bool:
+        loc = self.loc
+        if not backend.serves(loc) or not ops.served_bounds(self._bounds, loc, self._ndims):
+            return False
+        self._bounds_of_value = ops.bounds_of(projection, loc, self._ndims)
+        return self._bounds_of_value is not None
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of `value`, `[*sample, *batch]`; it depends on the value alone.
 
         Values on or outside the bounds are scored just inside them.
         """
-        return ops.log_prob(self.loc, self.scale, value, self._bounds, self._ndims)
+        loc = self.loc
+        if backend.serves(loc):
+            bounds = ops.served_bounds(self._bounds, loc, self._ndims)
+            if bounds is not None:
+                return ops.score_given(loc, self.scale, value, bounds, self._ndims)
+        return ops.log_prob(loc, self.scale, value, self._bounds, self._ndims)
 
     @property
     def low(self) -> Tensor:

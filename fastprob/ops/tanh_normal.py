@@ -5,20 +5,50 @@ and gl:
 
     g = gy * half * (1 - tanh(x)^2) + 2 tanh(x) * gl
     dloc = g            dscale = g * noise - gl / scale
+
+`draw` and `score_given` are what the kernels serve: they take the noise from a counter-based state,
+and squash, score and clamp in the same pass. Their operators have an implementation for every
+device, in plain PyTorch where the kernels cannot run.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastprob.ops import normal
+from fastprob import backend
+from fastprob.ops import _random, normal
 from fastprob.ops._autograd import over_event, sum_to, wants_function
+from fastprob.ops._fused import Bounds as Clamped
+from fastprob.ops._fused import (
+    bounds_of,
+    given,
+    no_bounds,
+    plain_eager,
+    wanted,
+    wants_gradient,
+)
+from fastprob.ops._register import lead, nothing, register
 from fastprob.reference import normal as normal_reference
 from fastprob.reference import tanh_normal as reference
 from fastprob.reference._chunks import Fill
+
+__all__ = [
+    "Bounds",
+    "bounds_of",
+    "draw",
+    "log_prob",
+    "log_prob_before",
+    "sample",
+    "sample_score",
+    "sample_score_pieces",
+    "score_given",
+    "served_bounds",
+    "squash",
+]
 
 
 class Bounds(NamedTuple):
@@ -149,3 +179,344 @@ def log_prob(loc: Tensor, scale: Tensor, value: Tensor, bounds: Bounds, ndims: i
     # The Jacobian depends on the value alone: the gradients are those of a Normal.
     jacobian = reference.log_jacobian(x, bounds.log_half, ndims)
     return normal.log_prob(loc, scale, x, ndims) - jacobian
+
+
+# the kernels' operators ---------------------------------------------------------------------
+
+
+def served_bounds(bounds: Bounds, loc: Tensor, ndims: int) -> Bounds | None:
+    """The interval as the kernels read it: numbers, or contiguous tensors of the event.
+
+    Args:
+        bounds: the interval.
+        loc: a parameter, `[*batch, *event]`.
+        ndims: number of event dimensions.
+
+    Returns:
+        None where the kernels do not serve it: a bound that is learned, or one that differs along
+        the batch.
+    """
+    half, mid = bounds.half, bounds.mid
+    if not isinstance(half, Tensor) or not isinstance(mid, Tensor):
+        return None if isinstance(half, Tensor) or isinstance(mid, Tensor) else bounds
+    if bounds.learned or half.dim() > ndims:
+        return None
+    event = loc.shape[loc.dim() - ndims :]
+    half, mid = (t.expand(event).contiguous() for t in (half, mid))
+    return bounds._replace(half=half, mid=mid)
+
+
+def draw(
+    loc: Tensor,
+    scale: Tensor,
+    bounds: Bounds,
+    shape: torch.Size,
+    ndims: int,
+    generator: Any = None,
+    *,
+    random: bool = True,
+    score: bool = True,
+    pathwise: bool = True,
+    clamp: Any = None,
+) -> tuple[Tensor, Tensor | None]:
+    """A value and its log-density, in one launch where the kernels serve it.
+
+    Args:
+        loc: mean before tanh, `[*batch, *event]`.
+        scale: standard deviation before tanh, of the same shape, dtype and device.
+        bounds: interval of the values, from `served_bounds`.
+        shape: sample dimensions in front of the value.
+        ndims: number of event dimensions.
+        generator: a `CounterStream`, a `torch.Generator`, or None for torch's default one.
+        random: whether the value is drawn; if not, it is the squashed mean.
+        score: whether the log-density is wanted.
+        pathwise: whether gradients flow through the value.
+        clamp: what the value is clamped to after it was scored.
+
+    Returns:
+        value `[*shape, *batch, *event]` and log-density `[*shape, *batch]`, or None.
+    """
+    if not plain_eager():
+        state = _random.device_pair(loc, generator) if random and generator is not None else None
+        value, scores, _ = torch.ops.fastprob.tanh_normal_draw(
+            loc, scale, state, list(shape), ndims, random, score, pathwise,
+            *_interval(bounds), *(clamp or no_bounds),
+        )  # fmt: skip
+        return value if pathwise else value.detach(), scores if score else None
+    state = _random.state_for(loc, generator) if random else None
+    if wants_gradient(loc, scale):
+        return _Draw.apply(loc, scale, state, bounds, shape, ndims, score, pathwise, clamp)
+    value, scores, _ = backend.kernels("tanh_normal").draw(
+        loc, scale, bounds, shape, ndims, state=state, score=score, clamp=clamp
+    )
+    return value, scores
+
+
+def score_given(loc: Tensor, scale: Tensor, value: Tensor, bounds: Bounds, ndims: int) -> Tensor:
+    """The log-density of a given value, `[*sample, *batch]`, in one launch.
+
+    Args:
+        loc: mean before tanh, `[*batch, *event]`.
+        scale: standard deviation before tanh, of the same shape, dtype and device.
+        value: `[*sample, *batch, *event]`.
+        bounds: interval of the values, from `served_bounds`.
+        ndims: number of event dimensions.
+
+    Raises:
+        ValueError: if the value is on another device, or of a shape that does not broadcast.
+    """
+    loc, scale, value = given("TanhNormal", loc, scale, value)
+    if not plain_eager():
+        return torch.ops.fastprob.tanh_normal_score(loc, scale, value, ndims, *_interval(bounds))
+    if wants_gradient(loc, scale, value):
+        return _ScoreGiven.apply(loc, scale, value, bounds, ndims)
+    return backend.kernels("tanh_normal").score(loc, scale, value, bounds, ndims)
+
+
+def _interval(bounds: Bounds) -> tuple[Any, Any, Any, bool]:
+    """The interval as arguments of an operator: numbers, half widths, middles and `safe`."""
+    if isinstance(bounds.half, Tensor):
+        return None, bounds.half, bounds.mid, bounds.safe
+    return (bounds.half, bounds.mid), None, None, bounds.safe
+
+
+def _bounds(interval: Any, halves: Any, mids: Any, safe: bool) -> Bounds:
+    """The inverse of `_interval`."""
+    if interval is None:
+        return Bounds(halves, mids, torch.log(halves), safe)
+    half, mid = interval
+    return Bounds(half, mid, math.log(half), safe)
+
+
+class _Draw(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loc, scale, state, bounds, shape, ndims, score, pathwise, clamp):
+        ctx.set_materialize_grads(False)
+        value, scores, used = backend.kernels("tanh_normal").draw(
+            loc, scale, bounds, shape, ndims, state=state, score=score, clamp=clamp, keep=True
+        )
+        ctx.save_for_backward(loc, scale, used)
+        ctx.rest = bounds, shape, ndims, pathwise, clamp
+        if not pathwise:
+            ctx.mark_non_differentiable(value)
+        return value, scores
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return *_draw_backward(*grads, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
+
+
+def _draw_backward(
+    grad_value, grad_score, loc, scale, used, bounds, shape, ndims, pathwise, clamp
+) -> tuple[Tensor, Tensor]:
+    if not pathwise:
+        # The Jacobian depends on the value alone: the gradients are those of a Normal.
+        return backend.kernels("normal").draw_backward(
+            None, grad_score, None, loc, scale, used, shape, ndims, pathwise=False
+        )
+    return backend.kernels("tanh_normal").draw_backward(
+        grad_value, grad_score, loc, scale, bounds, used, shape, ndims, clamp=clamp
+    )
+
+
+class _ScoreGiven(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loc, scale, value, bounds, ndims):
+        ctx.save_for_backward(loc, scale, value)
+        ctx.bounds, ctx.ndims = bounds, ndims
+        return backend.kernels("tanh_normal").score(loc, scale, value, bounds, ndims)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        made = backend.kernels("tanh_normal").score_backward(
+            *grads, *ctx.saved_tensors, ctx.bounds, ctx.ndims, to_value=ctx.needs_input_grad[2]
+        )
+        return *made, None, None
+
+
+def _draw_op(
+    loc, scale, state, sample, ndims, random, score, pathwise, interval, halves, mids, safe,
+    limits, low, high,
+):  # fmt: skip
+    shape = torch.Size(sample)
+    bounds = _bounds(interval, halves, mids, safe)
+    clamp = Clamped(limits, low, high)
+    if backend.serves(loc):
+        source = None
+        if random:
+            source = _random.state_for(loc, None) if state is None else _random.given_pair(state)
+        value, scores, used = backend.kernels("tanh_normal").draw(
+            loc, scale, bounds, shape, ndims, state=source, score=score, clamp=clamp, keep=random
+        )
+    else:
+        used = None
+        if random:
+            used = _random.device_pair(loc, None) if state is None else state.clone()
+        value, scores = reference.draw(
+            loc, scale, used, shape, ndims, score, bounds.half, bounds.mid, safe, *clamp
+        )
+    return (
+        value,
+        wanted(scores, loc),
+        loc.new_empty(0, dtype=torch.int64) if used is None else used,
+    )
+
+
+def _draw_fake(loc, scale, state, sample, ndims, random, score, *_):
+    batch = loc.shape[: loc.dim() - ndims]
+    return (
+        loc.new_empty((*sample, *loc.shape)),
+        loc.new_empty((*sample, *batch)) if score else nothing(loc),
+        loc.new_empty(2 if random else 0, dtype=torch.int64),
+    )
+
+
+def _draw_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    loc, scale, _, ctx.sample, ctx.ndims, ctx.random, ctx.score, ctx.pathwise, *rest = inputs
+    ctx.interval, halves, mids, ctx.safe, ctx.limits, low, high = rest
+    ctx.save_for_backward(loc, scale, output[2], halves, mids, low, high)
+
+
+def _draw_gradient(ctx, grad_value, grad_score, _):
+    loc, scale, used, halves, mids, low, high = ctx.saved_tensors
+    made = torch.ops.fastprob.tanh_normal_draw_backward(
+        grad_value if ctx.pathwise else None, grad_score if ctx.score else None, loc, scale,
+        used if ctx.random else None, ctx.sample, ctx.ndims, ctx.pathwise,
+        ctx.interval, halves, mids, ctx.safe, ctx.limits, low, high,
+    )  # fmt: skip
+    return *made, *(None,) * 13
+
+
+def _draw_backward_op(
+    grad_value, grad_score, loc, scale, used, sample, ndims, pathwise, interval, halves, mids, safe,
+    limits, low, high,
+):  # fmt: skip
+    shape = torch.Size(sample)
+    bounds = _bounds(interval, halves, mids, safe)
+    clamp = Clamped(limits, low, high)
+    if backend.serves(loc):
+        return _draw_backward(
+            grad_value, grad_score, loc, scale, used, bounds, shape, ndims, pathwise, clamp
+        )
+    return reference.draw_backward(
+        grad_value, grad_score, loc, scale, used, shape, ndims, pathwise, bounds.half, bounds.mid,
+        safe, *clamp,
+    )  # fmt: skip
+
+
+def _draw_backward_fake(grad_value, grad_score, loc, scale, *_):
+    return _like(loc), _like(scale)
+
+
+def _like(parameter: Tensor) -> Tensor:
+    return torch.empty_like(parameter, memory_format=torch.contiguous_format)
+
+
+def _score_op(loc, scale, value, ndims, interval, halves, mids, safe):
+    bounds = _bounds(interval, halves, mids, safe)
+    if backend.serves(loc):
+        return backend.kernels("tanh_normal").score(loc, scale, value, bounds, ndims)
+    x = reference.unsquash(value, bounds.half, bounds.mid, safe)
+    made = log_prob_before(loc, scale, x, bounds, ndims)
+    return made.to(torch.promote_types(loc.dtype, value.dtype))
+
+
+def _score_fake(loc, scale, value, ndims, *_):
+    dtype = torch.promote_types(loc.dtype, value.dtype)
+    return loc.new_empty(value.shape[: value.dim() - ndims], dtype=dtype)
+
+
+def _score_setup(ctx, inputs, output):
+    loc, scale, value, ctx.ndims, ctx.interval, halves, mids, ctx.safe = inputs
+    ctx.save_for_backward(loc, scale, value, halves, mids)
+
+
+def _score_gradient(ctx, grad_score):
+    loc, scale, value, halves, mids = ctx.saved_tensors
+    to_value = ctx.needs_input_grad[2]
+    *made, grad_value = torch.ops.fastprob.tanh_normal_score_backward(
+        grad_score, loc, scale, value, ctx.ndims, ctx.interval, halves, mids, ctx.safe, to_value
+    )
+    return *made, grad_value if to_value else None, *(None,) * 5
+
+
+def _score_backward_op(
+    grad_score, loc, scale, value, ndims, interval, halves, mids, safe, to_value
+):  # fmt: skip
+    bounds = _bounds(interval, halves, mids, safe)
+    if backend.serves(loc):
+        made = backend.kernels("tanh_normal").score_backward(
+            grad_score, loc, scale, value, bounds, ndims, to_value=to_value
+        )
+    else:
+        made = reference.score_backward(
+            grad_score, loc, scale, value, ndims, bounds.half, bounds.mid, safe, to_value
+        )
+    return *made[:2], wanted(made[2], value)
+
+
+def _score_backward_fake(
+    grad_score, loc, scale, value, ndims, interval, halves, mids, safe, to_value
+):  # fmt: skip
+    return _like(loc), _like(scale), _like(value) if to_value else nothing(value)
+
+
+def _score_vmap(info, in_dims, loc, scale, value, ndims, *interval):
+    if in_dims[5] is not None or in_dims[6] is not None:
+        raise RuntimeError(
+            "fastprob::tanh_normal_score under vmap needs the same bounds for the whole batch"
+        )
+    value = lead(value, in_dims[2], info.batch_size)
+    # Sample dimensions stand in front of the batch, and the new dimension in front of them.
+    wide = [
+        t.reshape(t.shape[:1] + (1,) * (value.dim() - t.dim()) + t.shape[1:]).expand(value.shape)
+        for t in (lead(loc, in_dims[0], info.batch_size), lead(scale, in_dims[1], info.batch_size))
+    ]
+    return torch.ops.fastprob.tanh_normal_score(*wide, value, ndims, *interval), 0
+
+
+_INTERVAL = "float[]? interval, Tensor? halves, Tensor? mids, bool safe"
+_CLAMP = "float[]? limits, Tensor? low, Tensor? high"
+
+register(
+    "tanh_normal_draw_backward",
+    "(Tensor? grad_value, Tensor? grad_score, Tensor loc, Tensor scale, Tensor? used, "
+    f"SymInt[] sample, int ndims, bool pathwise, {_INTERVAL}, {_CLAMP}) -> (Tensor, Tensor)",
+    _draw_backward_op,
+    _draw_backward_fake,
+)
+register(
+    "tanh_normal_draw",
+    "(Tensor loc, Tensor scale, Tensor? state, SymInt[] sample, int ndims, bool random, "
+    f"bool score, bool pathwise, {_INTERVAL}, {_CLAMP}) -> (Tensor, Tensor, Tensor)",
+    _draw_op,
+    _draw_fake,
+    setup=_draw_setup,
+    backward=_draw_gradient,
+    batched=(0, 1),
+    out_dims=lambda loc, scale, state, sample, ndims, random, score, *_: (
+        len(sample),
+        len(sample) if score else None,
+        None,
+    ),
+    random=True,
+)
+register(
+    "tanh_normal_score_backward",
+    f"(Tensor grad_score, Tensor loc, Tensor scale, Tensor value, int ndims, {_INTERVAL}, "
+    "bool to_value) -> (Tensor, Tensor, Tensor)",
+    _score_backward_op,
+    _score_backward_fake,
+)
+register(
+    "tanh_normal_score",
+    f"(Tensor loc, Tensor scale, Tensor value, int ndims, {_INTERVAL}) -> Tensor",
+    _score_op,
+    _score_fake,
+    setup=_score_setup,
+    backward=_score_gradient,
+    vmap=_score_vmap,
+)

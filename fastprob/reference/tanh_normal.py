@@ -12,11 +12,13 @@ saturates (off by 16,312 at |loc| = 50, TorchRL's issue 4080).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from fastprob.reference import normal, philox
 from fastprob.reference._chunks import Fill, pieces
 from fastprob.reference._reduce import affine_sum, event_numel, plain_tensors_only, vectors
 from fastprob.reference.normal import HALF_LOG_2PI
@@ -166,6 +168,113 @@ def log_jacobian(
     if isinstance(log_half, float):
         return affine_sum(u, ndims, 2 * math.log(2) + log_half, -2)
     return affine_sum(u - 0.5 * log_half, ndims, 2 * math.log(2), -2)
+
+
+def draw(
+    loc: Tensor,  # [*batch, *event]
+    scale: Tensor,  # [*batch, *event]
+    state: Tensor | None,  # int64 [2]
+    shape: torch.Size,
+    ndims: int,
+    score_wanted: bool,
+    half: Tensor | float,  # [*event]
+    mid: Tensor | float,  # [*event]
+    safe: bool,
+    limits: Sequence[float] | None,
+    low: Tensor | None,  # [*event]
+    high: Tensor | None,  # [*event]
+) -> tuple[Tensor, Tensor | None]:
+    """A value from a counter-based state and its score; the squashed mean without a state.
+
+    The value is clamped to `limits`, or to `low` and `high`, after it was scored.
+    """
+    noise = _noise(loc, state, shape)
+    x = normal.sample(loc, scale, noise)
+    value = normal.clamped(squash(x, half, mid, safe), limits, low, high)
+    log_half = torch.log(half) if isinstance(half, Tensor) else math.log(half)
+    return value, score(scale, noise, x, log_half, ndims) if score_wanted else None
+
+
+def _noise(loc: Tensor, state: Tensor | None, shape: torch.Size) -> Tensor:
+    full = shape + loc.shape
+    if state is None:
+        return torch.zeros(full, dtype=loc.dtype, device=loc.device)
+    return philox.standard_normal(state, full, loc.dtype)
+
+
+def draw_backward(
+    grad_value: Tensor | None,  # [*sample, *batch, *event]
+    grad_score: Tensor | None,  # [*sample, *batch]
+    loc: Tensor,  # [*batch, *event]
+    scale: Tensor,  # [*batch, *event]
+    state: Tensor | None,  # int64 [2]
+    shape: torch.Size,
+    ndims: int,
+    pathwise: bool,
+    half: Tensor | float,  # [*event]
+    mid: Tensor | float,  # [*event]
+    safe: bool,
+    limits: Sequence[float] | None,
+    low: Tensor | None,  # [*event]
+    high: Tensor | None,  # [*event]
+) -> tuple[Tensor, Tensor]:  # [*batch, *event] both
+    """The gradients of `draw` by loc and scale, the noise drawn anew."""
+    if not pathwise:
+        # The Jacobian depends on the value alone: the gradients are those of a Normal.
+        return normal.draw_backward(
+            None, grad_score, None, loc, scale, state, shape, ndims, False, None, None, None
+        )
+    noise = _noise(loc, state, shape)
+    x = normal.sample(loc, scale, noise)
+    y = torch.tanh(x)
+    by_loc = torch.zeros_like(noise)
+    if grad_value is not None:
+        inner = y.clamp(-limit(x.dtype), limit(x.dtype)) if safe else y
+        value = squash(x, half, mid, safe)
+        kept = normal.clamped(value, limits, low, high) == value
+        by_loc = torch.where(kept, grad_value, 0.0) * half * (1.0 - inner * inner)
+    by_scale = by_loc * noise
+    if grad_score is not None:
+        rate = grad_score.reshape(grad_score.shape + (1,) * ndims)
+        by_loc = torch.addcmul(by_loc, y, rate, value=2.0)
+        by_scale = by_loc * noise - rate / scale
+    return _fold(by_loc, loc), _fold(by_scale, scale)
+
+
+def score_backward(
+    grad_score: Tensor,  # [*sample, *batch]
+    loc: Tensor,  # [*batch, *event]
+    scale: Tensor,  # [*batch, *event]
+    value: Tensor,  # [*sample, *batch, *event]
+    ndims: int,
+    half: Tensor | float,  # [*event]
+    mid: Tensor | float,  # [*event]
+    safe: bool,
+    to_value: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of a given value's score by loc, scale and value, of their shapes."""
+    u = (value - mid) / half
+    bound = limit(u.dtype) if safe else 1.0
+    y = u.clamp(-bound, bound)
+    z = (torch.atanh(y) - loc) / scale
+    rate = grad_score.reshape(grad_score.shape + (1,) * ndims)
+    by_loc = rate * z / scale
+    by_scale = rate * (z * z - 1.0) / scale
+    grad_value = None
+    if to_value:
+        slope = rate * (2.0 * y - z / scale) / ((1.0 - y * y) * half)
+        grad_value = torch.where(u == y, slope, 0.0).to(value.dtype)
+    return (
+        _fold(by_loc.to(loc.dtype), loc),
+        _fold(by_scale.to(scale.dtype), scale),
+        grad_value,
+    )
+
+
+def _fold(grad: Tensor, parameter: Tensor) -> Tensor:
+    """Summed over the sample dimensions."""
+    samples = grad.dim() - parameter.dim()
+    return grad.sum(tuple(range(samples))) if samples else grad
 
 
 def mode(loc: Tensor, scale: Tensor) -> Tensor:
