@@ -8,7 +8,59 @@ from torch import Tensor, nn
 from fastprob.reference import philox
 
 
-class CounterStream(nn.Module):
+class Counter:
+    """What draws from Philox4x32-10 have in common: `take` gives each draw a state of its own."""
+
+    device: torch.device
+
+    def take(self) -> Tensor:
+        """The state of one draw, an int64 `[2]` of its own; the stream goes on to the next."""
+        raise NotImplementedError
+
+    def standard_normal(
+        self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """One draw of standard normals, `shape`."""
+        return philox.standard_normal(self.take(), shape, dtype)
+
+    def uniform(
+        self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """One draw of uniforms in (0, 1), `shape`."""
+        return philox.uniform(self.take(), shape, dtype)
+
+
+class SeedCounter(Counter):
+    """The draws of one call from a seed that a tensordict holds, without looking at the seed.
+
+    On a GPU a look would stop the host until all that was launched is done.
+
+    Args:
+        seed: int64, one element.
+    """
+
+    def __init__(self, seed: Tensor) -> None:
+        self.seed = seed.detach().reshape(()).to(torch.int64)
+        self.device = seed.device
+        self._calls = 0
+
+    def take(self) -> Tensor:
+        taken = torch.stack((self.seed, torch.full_like(self.seed, self._calls)))
+        self._calls += 1
+        return taken
+
+    def next_seed(self) -> Tensor:
+        """The seed of the next call, int64, a scalar."""
+        # At a counter that neither a draw nor the folding of an index reaches.
+        return philox.fold(self.seed, torch.full_like(self.seed, -1))
+
+    def generator(self) -> torch.Generator:
+        """A generator of torch's for one draw, of a distribution that takes no other; looks."""
+        seed, call = self.take().unbind()
+        return torch.Generator(self.device).manual_seed(int(philox.fold(seed, call)))
+
+
+class CounterStream(nn.Module, Counter):
     """A stream of Philox4x32-10, whose state is a tensor on the device of the draws.
 
     Draws are the same on a CPU and a GPU within rounding, and the same eager, compiled and in a
@@ -61,18 +113,6 @@ class CounterStream(nn.Module):
             self.state[1] += 1
         return taken
 
-    def standard_normal(
-        self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """One draw of standard normals, `shape`."""
-        return philox.standard_normal(self.take(), shape, dtype)
-
-    def uniform(
-        self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """One draw of uniforms in (0, 1), `shape`."""
-        return philox.uniform(self.take(), shape, dtype)
-
     def fold_in(self, index: int) -> CounterStream:
         """A stream of its own for a rank or a worker.
 
@@ -94,6 +134,6 @@ class CounterStream(nn.Module):
         return new
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         """Where the draws are made."""
         return self.state.device

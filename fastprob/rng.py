@@ -29,7 +29,7 @@ from tensordict.tensorclass import is_non_tensor
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from fastprob.counter import CounterStream
+from fastprob.counter import Counter, CounterStream, SeedCounter
 from fastprob.reference import philox
 
 _is_compiling = torch.compiler.is_compiling
@@ -53,7 +53,7 @@ def standard_normal(
     Raises:
         TypeError: if the dtype of `like` is not a floating-point one.
     """
-    if generator is not None and isinstance(generator, CounterStream):
+    if generator is not None and isinstance(generator, Counter):
         return _on(like, generator).standard_normal(shape, _floats(like))
     if _is_compiling():
         return _compiled_normal(shape, like, generator)
@@ -97,10 +97,10 @@ def normal_filler(generator: torch.Generator | None) -> Callable[[Tensor], Tenso
 
 def counted(generator: Any) -> bool:
     """Whether the noise comes from a `CounterStream`."""
-    return generator is not None and isinstance(generator, CounterStream)
+    return generator is not None and isinstance(generator, Counter)
 
 
-def _on(like: Tensor, stream: CounterStream) -> CounterStream:
+def _on(like: Tensor, stream: Counter) -> Counter:
     """The stream, if it draws where `like` is."""
     if stream.device != like.device:
         raise ValueError(
@@ -125,7 +125,7 @@ def _needs_floats(like: Tensor) -> TypeError:
 
 def exponential(shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Exponential noise of rate 1, `shape`, in the dtype of `like` and on its device."""
-    if isinstance(generator, CounterStream):
+    if isinstance(generator, Counter):
         return -torch.log(_on(like, generator).uniform(shape, like.dtype))
     if _is_compiling() and _opaque(generator, like):
         return draw_compiled(_ops.exponential, generator, list(shape), like)
@@ -140,7 +140,7 @@ def uniform(
     high: float = 1.0,
 ) -> Tensor:
     """Uniform noise in `[low, high)`, `shape`, in the dtype of `like` and on its device."""
-    if isinstance(generator, CounterStream):
+    if isinstance(generator, Counter):
         unit = _on(like, generator).uniform(shape, like.dtype)
         return unit.mul_(high - low).add_(low).clamp_(low, high)
     if _is_compiling() and _opaque(generator, like):
@@ -150,7 +150,7 @@ def uniform(
 
 def bernoulli(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     """1 with probability `probs` and 0 otherwise, of the shape and dtype of `probs`."""
-    if isinstance(generator, CounterStream):
+    if isinstance(generator, Counter):
         return philox.bernoulli(_on(probs, generator).take(), probs)
     if _is_compiling() and _opaque(generator, probs):
         return draw_compiled(_ops.bernoulli, generator, probs)
@@ -159,7 +159,7 @@ def bernoulli(probs: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def multinomial(probs: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """`count` indices a row with replacement, int64 `[rows, count]`, of weights `[rows, n]`."""
-    if isinstance(generator, CounterStream):
+    if isinstance(generator, Counter):
         # By inverse: the first index whose cumulated weight exceeds a part of the whole.
         below = probs.cumsum(-1)
         part = _on(probs, generator).uniform((probs.shape[0], count), probs.dtype)
@@ -173,7 +173,7 @@ def multinomial(probs: Tensor, count: int, generator: torch.Generator | None) ->
 
 def dirichlet(concentration: Tensor, generator: torch.Generator | None) -> Tensor:
     """Points of the simplex, of the shape and dtype of `concentration`, without gradients."""
-    if isinstance(generator, CounterStream):
+    if isinstance(generator, Counter):
         # ATen's sampler rejects: it needs a generator. Each draw gets one of its own, of a seed
         # that the stream gives.
         seed, call = _on(concentration, generator).take().unbind()
@@ -400,7 +400,9 @@ def global_stream_from(generator: torch.Generator | None) -> Iterator[None]:
     if generator is None:
         yield
         return
-    if isinstance(generator, CounterStream):
+    if isinstance(generator, SeedCounter):
+        generator = generator.generator()
+    if isinstance(generator, Counter):
         raise TypeError(
             "a distribution that fastprob does not know draws from torch's generators, not from a "
             "CounterStream; give a seed or a torch.Generator as generator="
@@ -635,6 +637,8 @@ class Stream:
                     f"the generator key {self.key!r} must hold one seed, got a tensor of shape "
                     f"{tuple(value.shape)}"
                 )
+            if not value.is_cpu:
+                return SeedCounter(value), True  # type: ignore[return-value]
             if _is_compiling():
                 if _is_exporting():
                     raise RuntimeError(
@@ -664,7 +668,10 @@ class Stream:
     ) -> None:
         """Writes the seed of the next call under the key of each of the tensordicts."""
         assert self.key is not None
-        seed = generator.next_seed() if isinstance(generator, Seeded) else _next_seed(generator)
+        if isinstance(generator, (Seeded, SeedCounter)):
+            seed = generator.next_seed()
+        else:
+            seed = _next_seed(generator)
         for tensordict in tensordicts:
             batch_size = tensordict.batch_size
             tensordict.set(

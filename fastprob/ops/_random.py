@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastprob import backend, rng
-from fastprob.counter import CounterStream
+from fastprob.counter import Counter, CounterStream
 
 # torch's own kernels use the same key with counters of another order. Another key keeps the two
 # apart: the first 63 bits of the golden ratio.
@@ -34,7 +34,7 @@ def device_pair(x: Tensor, generator: Any) -> Tensor:
     Raises:
         ValueError: if the stream is on another device.
     """
-    if isinstance(generator, CounterStream):
+    if isinstance(generator, Counter):
         _check_device(x, generator)
         return generator.take()
     if torch.compiler.is_compiling():
@@ -80,6 +80,8 @@ def state_for(x: Tensor, generator: Any) -> Any:
     if isinstance(generator, CounterStream):
         _check_device(x, generator)
         return State(generator.state, generator.ticket)
+    if isinstance(generator, Counter):
+        return State(device_pair(x, generator))
     if x.is_cuda and not torch.cuda.is_current_stream_capturing():
         seed, call = host_pair(x, generator)
         return State(None, None, seed, call)
