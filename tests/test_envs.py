@@ -36,7 +36,7 @@ def gym_step(env: gymnasium.Env, name: str, action: np.ndarray) -> tuple:
 @pytest.mark.parametrize(("make", "name"), ENVS)
 def test_steps_are_gymnasiums(make, name, dtype):
     """Six environments through two time limits or many falls, resets included."""
-    count, length = 6, 420
+    count, length = 6, 230
     rng = np.random.default_rng(0)
     theirs = [gymnasium.make(name, disable_env_checker=True) for _ in range(count)]
     for i, env in enumerate(theirs):

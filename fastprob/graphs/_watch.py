@@ -4,7 +4,7 @@ A graph reads parameters from where they were when it was captured, and repeats 
 Python took. So each call compares the places of parameters and buffers, the modules themselves,
 their training flags and the configuration of the probabilistic ones with what they were. In the
 commonest case nothing has changed, and what runs in every call is made of functions that loop in C:
-a walk over `parameters()` alone takes ten times as long as all of it.
+2.2 us for an MLP of two layers and its head, where a walk over `parameters()` alone takes 10.5.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class CudaGraphPolicy(TensorDictModuleBase):
         device: the CUDA device; by default that of the policy's parameters, or of the inputs.
         enabled: False runs the policy directly; an attribute, to be set at any time.
         debug: whether a replay first checks that no output it handed over is still in use,
-            for `clone_outputs=False`. Takes 2 us for each output.
+            for `clone_outputs=False`. Takes 1.6 us for each output.
         backend: what captures, CUDA graphs by default; `RecordingBackend()` for tests on a CPU.
 
     Attributes:
