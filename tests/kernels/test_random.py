@@ -59,7 +59,8 @@ def test_draws_are_the_references(device):
         u, to_one, z = (torch.empty(COUNT, device=device) for _ in range(3))
         draws_kernel[(1,)](state[:1], state[1:], first, u, to_one, z, COUNT=COUNT, FAST=fast(u))
         assert torch.equal(u, philox.uniform(state, (COUNT,), torch.float32))
-        words = torch.stack(philox.words(state[0], state[1], torch.arange(COUNT // 4)), -1)
+        group = torch.arange(COUNT // 4, device=device)
+        words = torch.stack(philox.words(state[0], state[1], group), -1)
         exact = (words.flatten().double() + 1) * 2.0**-32
         torch.testing.assert_close(to_one.double(), exact, rtol=2.0**-23, atol=0)
         assert to_one.min() > 0 and to_one.max() <= 1
