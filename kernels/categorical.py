@@ -123,7 +123,7 @@ def _load(
     if PIECE > 0:
         i = tl.arange(0, COUNT)
         start = first * A
-        end = total_rows * A
+        end = total_rows.to(tl.int64) * A
         NEEDED: tl.constexpr = OWN * A
         # A mask stops vectorized access, but for one of a constant multiple of 4 elements. That
         # leaves the rows of the next tile to it, where less than COUNT elements are a tile's own.
@@ -168,8 +168,9 @@ def _store(
             k = i % A
             source = ((k % PIECE) * ROWS + row) * LANES + k // PIECE
         flat = tl.gather(tl.reshape(x, [REP * ROWS * LANES]), source, 0)
-        left = tl.minimum(total_rows * A - start, OWN * A).to(tl.int32)
-        if start + OWN * A <= total_rows * A:
+        end = total_rows.to(tl.int64) * A
+        left = tl.minimum(end - start, OWN * A).to(tl.int32)
+        if start + OWN * A <= end:
             tile.store(ptr, start, flat, i, i < left, COUNT, OWN * A, True)
         else:
             tile.store(ptr, start, flat, i, i < left, COUNT, OWN * A, False)

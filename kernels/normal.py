@@ -143,7 +143,7 @@ def draw_kernel(
     else:
         first = program * OWN
         start = program * TILE
-        end = total_rows * A
+        end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy, log_sigma = _draw_tile(
                 loc, scale, value, mapped, low, high, lo, hi, bias, least, floor, seed, call,
@@ -316,7 +316,7 @@ def score_kernel(
         )  # fmt: skip
     else:
         start = program * TILE
-        end = total_rows * A
+        end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy, log_sigma = _score_tile(
                 loc, scale, value, start, 0, COUNT, rows,

@@ -417,7 +417,7 @@ def draw_kernel(
         )  # fmt: skip
     else:
         start = program * TILE
-        end = total_rows * A
+        end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy, terms = _draw_tile(
                 loc, scale, low, high, value, lo, hi, clamp_low, clamp_high, clamp_lo, clamp_hi,
@@ -675,7 +675,7 @@ def score_kernel(
         )  # fmt: skip
     else:
         start = program * TILE
-        end = total_rows * A
+        end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy, terms = _score_tile(
                 loc, scale, low, high, value, lo, hi, start, COUNT, rows,

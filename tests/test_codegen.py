@@ -6,7 +6,9 @@ upper bounds; what a kernel takes is printed by `python -m tests.kernels.report`
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,16 @@ def test_other_nvidia(case, target):
 @pytest.mark.parametrize("case", [c for c in CASES if c.everywhere], ids=lambda case: case.name)
 def test_amd(case):
     assert machine.amd_spills(machine.compiled(case, "gfx942")) == 0
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.everywhere and "rows" in c.types], ids=lambda case: case.name
+)
+def test_a_batch_of_more_than_2_to_the_31_elements_has_an_end(case):
+    """Triton passes a number of rows below 2^31 in 32 bits; times the row's size it takes 64."""
+    types = {n: "i32" if t == "i64" else t for n, t in case.types.items()}
+    code = machine.compiled(dataclasses.replace(case, types=types), "sm_90").asm["ttir"]
+    assert not re.search(r"muli %(total_)?rows\b.*: i32\b", code)
 
 
 def test_the_shortest_way_leaves_out_a_slow_path():
