@@ -89,8 +89,9 @@ def backward(
     )  # fmt: skip
 
 
-# What was measured and at most 15%. fp32 is bound by memory below 66 slots at A = 8 (8.5 bytes); bf16 at
-# 33, which a draw exceeds: Philox alone takes 22. At A = 257 whole rows fill 3/4 of a tile.
+# What was measured and at most 15%. fp32 is bound by memory below 66 slots at A = 8 (8.5 bytes),
+# bf16 below 33, which a draw exceeds: from probabilities and without a score it takes 25. At
+# A = 257 whole rows fill 3/4 of a tile.
 CASES = [
     draw(8, "fp32", False, 49, everywhere=True),
     draw(8, "fp32", True, 45),
