@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from torch import distributions as D
 from torch.distributions import constraints
 from torch.nn.functional import one_hot
 
-from fastprob import rng
+from fastprob import backend, rng
 from fastprob.distributions._base import EMPTY, MEAN, MEDIAN, Fused, check_real, reject
 from fastprob.ops import categorical as ops
 from fastprob.reference._reduce import plain_tensors_only
+
+# The kind of a deterministic interaction type: by whether it is the median.
+_KINDS = (ops.MODE, ops.MEDIAN)
 
 
 class _CategoricalBase(Fused):
@@ -86,6 +90,8 @@ class _CategoricalBase(Fused):
 
     def _index(self, shape: torch.Size, generator: torch.Generator | None) -> Tensor:
         """Draws indices, int64 `[*shape, *batch]`."""
+        if generator is not None and rng.counted(generator):
+            return self._counted(shape, generator)
         if not self._from_probs:
             # Worked out here and kept, so that scoring does not do so again.
             _ = self._scores
@@ -101,6 +107,48 @@ class _CategoricalBase(Fused):
             index = rng.multinomial(flat, shape.numel(), generator)
             return index.T.reshape(shape + probs.shape[:-1])
 
+    def _counted(self, shape: torch.Size, stream: Any) -> Tensor:
+        """The draws of the kernels from a `CounterStream`, int64 `[*shape, *batch]`."""
+        with torch.no_grad():
+            weights = ops.weights(self._given, self._from_probs)
+            size = shape + weights.shape[:-1]
+            return ops.first_beyond(weights, rng.uniform(size, weights, stream))
+
+    def _kernel(
+        self, kind: int, value: int, score: bool, shape=EMPTY, generator=None, pathwise=False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Index, value and log-probability from the kernels; see `ops.categorical.draw`."""
+        given, mask = self._parameters()
+        return ops.draw(
+            given, mask, shape, generator, from_probs=self._from_probs, kind=kind, value=value,
+            pathwise=pathwise, score=score,
+        )[:3]  # fmt: skip
+
+    def _parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Logits or weights, and the mask, as the kernels take them."""
+        return self._given, None
+
+    def _served(self) -> bool:
+        """Whether the kernels serve calls of this distribution."""
+        return backend.serves(self._given)
+
+    def _memo(self) -> dict[str, Any] | None:
+        """What a score keeps for the entropy, which a loss with gradients asks for next."""
+        given = self._parameters()[0]
+        # A leaf may be asked for two backward passes, which one node for both would not survive.
+        if given.grad_fn is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        memo = self.__dict__.get("_shared")
+        if memo is None or memo["of"] is not given:
+            memo = self._shared = {"of": given}
+        return memo
+
+    def _score_kernel(self, value: Tensor, hot: bool, neg_inf: float = -math.inf) -> Tensor:
+        given, mask = self._parameters()
+        return ops.score_and_entropy(
+            given, mask, value, self._memo(), from_probs=self._from_probs, hot=hot, neg_inf=neg_inf
+        )
+
     def _at(self, interaction: InteractionType) -> Tensor:
         """The index of a deterministic interaction type, int64 `[*batch]`."""
         if interaction is MEDIAN:
@@ -109,6 +157,9 @@ class _CategoricalBase(Fused):
 
     def entropy(self) -> Tensor:
         """Entropy in nats, `[*batch]`."""
+        if self._served():
+            given, mask = self._parameters()
+            return ops.entropy_given(given, mask, self._memo(), from_probs=self._from_probs)
         return ops.entropy(self._scores)
 
     @property
@@ -165,18 +216,25 @@ class Categorical(_CategoricalBase, D.Categorical):
         return "index", self._given.shape[-1]
 
     def _draw(self, shape, generator, score, pathwise):
+        if backend.serves(self._given):
+            return self._kernel(ops.RANDOM, ops.NO_VALUE, score, shape, generator)[::2]
         index = self._index(shape, generator)
         return index, ops.pick(self._scores, index) if score else None
 
     def _point(self, interaction: InteractionType, score: bool):
         if interaction is MEAN:
-            value = ops.mean_index(self._scores)
+            if backend.serves(self._given):
+                value = self._kernel(ops.MEAN, ops.MEAN_INDEX, False)[1]
+            else:
+                value = ops.mean_index(self._scores)
             if score:
                 raise NotImplementedError(
                     "the mean of a Categorical lies between the categories and has no "
                     "log-probability; use MODE or MEDIAN, or return_log_prob=False"
                 )
             return value, None
+        if backend.serves(self._given):
+            return self._kernel(_KINDS[interaction is MEDIAN], ops.NO_VALUE, score)[::2]
         index = self._at(interaction)
         return index, ops.pick(self._scores, index) if score else None
 
@@ -184,6 +242,8 @@ class Categorical(_CategoricalBase, D.Categorical):
         """Log-probability of indices, `[*sample, *batch]`."""
         if self._checks(value):
             self._validate_sample(value)
+        if backend.serves(self._given):
+            return self._score_kernel(value, False)
         return ops.pick(self._scores, value)
 
 
@@ -246,6 +306,8 @@ class OneHotCategorical(_CategoricalBase, D.Categorical):
             relaxed = relaxed_one_hot(self._scores, shape, generator)
             index = relaxed.detach().argmax(-1)
             value = relaxed + (self._value(index).to(relaxed.dtype) - relaxed.detach())
+        elif backend.serves(self._given):
+            return self._kernel(ops.RANDOM, ops.ONE_HOT, score, shape, generator, pathwise)[1:]
         else:
             index = self._index(shape, generator)
             value = self._value(index)
@@ -261,7 +323,11 @@ class OneHotCategorical(_CategoricalBase, D.Categorical):
                     "the mean of a OneHotCategorical is its vector of probabilities, which has no "
                     "log-probability; use MODE or MEDIAN, or return_log_prob=False"
                 )
+            if backend.serves(self._given):
+                return self._kernel(ops.MEAN, ops.PROBS, False)[1:]
             return self.probs, None
+        if backend.serves(self._given):
+            return self._kernel(_KINDS[interaction is MEDIAN], ops.ONE_HOT, score)[1:]
         index = self._at(interaction)
         return self._value(index), ops.pick(self._scores, index) if score else None
 
@@ -272,6 +338,8 @@ class OneHotCategorical(_CategoricalBase, D.Categorical):
                 f"OneHotCategorical has {self._given.shape[-1]} categories, got a value of shape "
                 f"{tuple(value.shape)}: its last dimension must be the categories"
             )
+        if backend.serves(self._given):
+            return self._score_kernel(value, True)
         return ops.pick(self._scores, value.argmax(-1))
 
     def enumerate_support(self, expand: bool = True) -> Tensor:

@@ -12,8 +12,14 @@ from torch import distributions as D
 from torch.distributions import constraints
 from torch.nn.functional import one_hot
 
+from fastprob import backend
 from fastprob.distributions._base import EMPTY, MEAN, MEDIAN, check_real
-from fastprob.distributions.categorical import _CategoricalBase, check_probs, relaxed_one_hot
+from fastprob.distributions.categorical import (
+    _KINDS,
+    _CategoricalBase,
+    check_probs,
+    relaxed_one_hot,
+)
 from fastprob.ops import categorical as categorical_ops
 from fastprob.ops import masked_categorical as ops
 
@@ -29,6 +35,8 @@ class _MaskedBase(_CategoricalBase):
 
     _indices: Tensor | None
     _mask: Tensor
+    # Logits as they were given, where the kernels take them along with the mask.
+    _raw: Tensor | None = None
     neg_inf: float
     num_samples: int
 
@@ -79,6 +87,10 @@ class _MaskedBase(_CategoricalBase):
             self._mask, self._indices = mask, None
             if logits is None:
                 self._given = ops.probs_to_logits(given, mask)
+            elif backend.serves(given):
+                # The kernels take logits and mask as they are; see `__getattr__`.
+                full = torch.broadcast_shapes(given.shape, mask.shape)
+                self._raw, self._mask = given.expand(full), mask.expand(full)
             else:
                 self._given = ops.mask_logits(given, mask)
         else:
@@ -104,6 +116,28 @@ class _MaskedBase(_CategoricalBase):
             self._indices = indices
         if checks:
             self._check_rows()
+
+    def __getattr__(self, name: str) -> Any:
+        """The masked logits of a distribution whose kernels have not needed them so far."""
+        if name == "_given" and self._raw is not None:
+            self._given = ops.mask_logits(self._raw, self._mask)
+            return self._given
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _parameters(self) -> tuple[Tensor, Tensor | None]:
+        raw = self._raw
+        return (self._given, None) if raw is None else (raw, self._mask)
+
+    def _served(self) -> bool:
+        raw = self._raw
+        return backend.serves(self._given if raw is None else raw)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        raw = self._raw
+        return (self._given if raw is None else raw).shape[:-1]
+
+    _batch_shape = batch_shape
 
     def _check_rows(self) -> None:
         """Raises if a logit is NaN, or a row has no allowed action."""
@@ -193,8 +227,10 @@ class _MaskedBase(_CategoricalBase):
             return categorical_ops.pick(self._scores, action)
         return ops.score_action(self._scores, self._indices, action)
 
-    def _log_prob(self, action: Tensor) -> Tensor:
-        result = self._score_action(action)
+    def _log_prob(self, value: Tensor, hot: bool) -> Tensor:
+        if self._indices is None and self._served():
+            return self._score_kernel(value, hot, self.neg_inf)
+        result = self._score_action(value.argmax(-1) if hot else value)
         return torch.where(result == -math.inf, self.neg_inf, result)
 
     def _at_action(self, interaction: InteractionType, score: bool):
@@ -209,13 +245,15 @@ class _MaskedBase(_CategoricalBase):
 
     def entropy(self) -> Tensor:
         """Entropy in nats over the allowed actions, `[*batch]`; an entry of `indices` is one."""
-        return categorical_ops.entropy(self._scores)
+        return super().entropy()
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         """The same distribution with its batch expanded to `batch_shape`."""
         new = super().expand(batch_shape, _instance)
         shape = torch.Size(batch_shape)
         new._mask = self._mask.expand(shape + self._mask.shape[-1:])
+        if self._raw is not None:
+            new._raw = self._raw.expand(shape + self._raw.shape[-1:])
         if self._indices is not None:
             new._indices = self._indices.expand(shape + self._indices.shape[-1:])
         return new
@@ -281,27 +319,40 @@ class MaskedCategorical(_MaskedBase, D.Categorical):
         return constraints.integer_interval(0, self.num_samples - 1)
 
     def _draw(self, shape, generator, score, pathwise):
-        position = self._index(shape, generator)
+        if self._served():
+            plain = self._indices is None
+            position, _, log_prob = self._kernel(
+                categorical_ops.RANDOM, categorical_ops.NO_VALUE, score and plain, shape, generator
+            )
+            if plain:
+                return position, log_prob
+        else:
+            position = self._index(shape, generator)
         action = self._action(position)
         return action, self._score_position(position, action) if score else None
 
     def _point(self, interaction: InteractionType, score: bool):
         if interaction is not MEAN:
+            if self._indices is None and self._served():
+                kind = _KINDS[interaction is MEDIAN]
+                return self._kernel(kind, categorical_ops.NO_VALUE, score)[::2]
             return self._at_action(interaction, score)
         if score:
             raise NotImplementedError(
                 "the mean of a MaskedCategorical lies between the categories and has no "
                 "log-probability; use MODE or MEDIAN, or return_log_prob=False"
             )
-        probs = self.probs
         index = self._indices
+        if index is None and self._served():
+            return self._kernel(categorical_ops.MEAN, categorical_ops.MEAN_INDEX, False)[1], None
+        probs = self.probs
         if index is None:
             index = torch.arange(self.num_samples, device=probs.device)
         return (probs * index).sum(-1), None
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of actions, `[*sample, *batch]`; `neg_inf` where masked."""
-        return self._log_prob(value)
+        return self._log_prob(value, False)
 
 
 class MaskedOneHotCategorical(_MaskedBase, D.Categorical):
@@ -374,6 +425,10 @@ class MaskedOneHotCategorical(_MaskedBase, D.Categorical):
             value = relaxed + (hard - relaxed.detach())
             if self._indices is not None:
                 value = ops.spread(value, self._indices, self.num_samples)
+        elif self._indices is None and self._served():
+            return self._kernel(
+                categorical_ops.RANDOM, categorical_ops.ONE_HOT, score, shape, generator, pathwise
+            )[1:]
         else:
             position = self._index(shape, generator)
             action = self._action(position)
@@ -385,6 +440,9 @@ class MaskedOneHotCategorical(_MaskedBase, D.Categorical):
 
     def _point(self, interaction: InteractionType, score: bool):
         if interaction is not MEAN:
+            if self._indices is None and self._served():
+                kind = _KINDS[interaction is MEDIAN]
+                return self._kernel(kind, categorical_ops.ONE_HOT, score)[1:]
             action, log_prob = self._at_action(interaction, score)
             return one_hot(action, self.num_samples), log_prob
         if score:
@@ -392,6 +450,8 @@ class MaskedOneHotCategorical(_MaskedBase, D.Categorical):
                 "the mean of a MaskedOneHotCategorical is its vector of probabilities, which has "
                 "no log-probability; use MODE or MEDIAN, or return_log_prob=False"
             )
+        if self._indices is None and self._served():
+            return self._kernel(categorical_ops.MEAN, categorical_ops.PROBS, False)[1], None
         return self._action_probs, None
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -401,7 +461,7 @@ class MaskedOneHotCategorical(_MaskedBase, D.Categorical):
                 f"MaskedOneHotCategorical has {self.num_samples} categories, got a value of shape "
                 f"{tuple(value.shape)}: its last dimension must be the categories"
             )
-        return self._log_prob(value.argmax(-1))
+        return self._log_prob(value, True)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """All one-hot vectors, masked ones included, `[K, *batch, K]`."""

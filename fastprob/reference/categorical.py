@@ -5,13 +5,25 @@ With logits normalized to log-probabilities l_k = logits_k - logsumexp(logits):
     log p(k) = l_k            H = -sum_k exp(l_k) l_k
 
 A draw is the k with the largest p_k / e_k, e_k ~ Exponential(1): what torch.multinomial does for
-one draw, without its checks of the probabilities.
+one draw, without its checks of the probabilities. From a counter-based state it is the first k
+whose running sum of p exceeds one uniform: the draws of the kernels.
+
+Source: Devroye 1986, "Non-Uniform Random Variate Generation", section III.2, for the inverse CDF.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
+
+from fastprob.reference import philox
+
+# How a value is chosen, and what is made of it, as the kernels number them.
+RANDOM, MEDIAN, MODE, MEAN = range(4)
+NO_VALUE, MEAN_INDEX, ONE_HOT, PROBS = range(4)
 
 
 def normalize(logits: Tensor) -> Tensor:
@@ -26,6 +38,10 @@ def from_probs(probs: Tensor) -> Tensor:
     """
     eps = torch.finfo(probs.dtype).eps
     return (probs / probs.sum(-1, keepdim=True)).clamp(eps, 1 - eps).log()
+
+
+# By another name where an argument has this one.
+_from_probs = from_probs
 
 
 def race(
@@ -71,3 +87,172 @@ def median_of(probs: Tensor) -> Tensor:
     # A cumulative sum that rounding leaves just below 1/2 still counts as having reached it.
     half = 0.5 - 4 * torch.finfo(probs.dtype).eps
     return (probs.cumsum(-1) < half).sum(-1)
+
+
+# draws from a counter-based state, and what the kernels' operators compute without kernels ------
+
+
+def weights(given: Tensor, from_probs: bool) -> Tensor:
+    """Weights that a draw goes by, `[*batch, K]`, unnormalized and in fp32 at least.
+
+    A half's rounding of the running sums would take small probabilities from a category.
+    """
+    x = given if given.dtype is torch.float64 else given.float()
+    if from_probs:
+        return x
+    return torch.exp(x - x.amax(-1, keepdim=True))
+
+
+def inverse_cdf(
+    log_probs: Tensor,  # [*batch, K], up to a constant of each row
+    uniform: Tensor,  # [*sample, *batch], in (0, 1)
+) -> Tensor:  # int64 [*sample, *batch]
+    """The first category whose running sum of probabilities exceeds `uniform` of the whole sum."""
+    return first_beyond(weights(log_probs, False), uniform)
+
+
+def first_beyond(
+    weights: Tensor,  # [*batch, K], 0 or more
+    uniform: Tensor,  # [*sample, *batch], in (0, 1)
+) -> Tensor:  # int64 [*sample, *batch]
+    """The same for weights.
+
+    A weight of 0 is never drawn, whatever rounding does to the running sums: where none of a
+    positive weight exceeds the threshold, the last of them is taken.
+    """
+    running = weights.cumsum(-1)
+    threshold = uniform * running[..., -1]
+    count = weights.shape[-1]
+    k = torch.arange(count, device=weights.device)
+    positive = weights > 0
+    hit = positive & (running > threshold.unsqueeze(-1))
+    first = torch.where(hit, k, count).amin(-1)
+    return torch.minimum(first, torch.where(positive, k, 0).amax(-1))
+
+
+def choose(
+    given: Tensor,  # [*batch, K], logits or weights
+    mask: Tensor | None,  # bool, broadcastable to [*batch, K]
+    state: Tensor | None,  # int64 [2]
+    shape: torch.Size,
+    from_probs: bool,
+    kind: int,
+) -> Tensor:  # int64 [*sample, *batch]
+    """The index by its kind; 0 for the mean, which has none."""
+    x = given if mask is None else torch.where(mask, given, -math.inf)
+    size = shape + x.shape[:-1]
+    if kind == RANDOM:
+        assert state is not None
+        w = weights(x, from_probs)
+        return first_beyond(w, philox.uniform(state, size, w.dtype))
+    if kind == MODE:
+        index = x.argmax(-1)
+    elif kind == MEDIAN:
+        w = weights(x, from_probs)
+        index = median_of(w / w.sum(-1, keepdim=True))
+    else:
+        index = torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
+    return index.expand(size).clone()
+
+
+def normalized(
+    given: Tensor,  # [*batch, K]
+    mask: Tensor | None,
+    from_probs: bool,
+) -> Tensor:  # [*batch, K]
+    """Log-probabilities of logits or weights, -inf where masked."""
+    if from_probs:
+        return _from_probs(given)
+    return normalize(given if mask is None else torch.where(mask, given, -math.inf))
+
+
+def value_of(
+    given: Tensor,  # [*batch, K]
+    mask: Tensor | None,
+    index: Tensor,  # int64 [*sample, *batch]
+    shape: torch.Size,
+    from_probs: bool,
+    value: int,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """What is made of an index: `[*sample, *batch, K]`, `[*sample, *batch]` for a mean."""
+    if value == NO_VALUE:
+        return None
+    if value == ONE_HOT:
+        return one_hot(index, given.shape[-1]).to(dtype)
+    probs = weights(given if mask is None else torch.where(mask, given, -math.inf), from_probs)
+    probs = probs / probs.sum(-1, keepdim=True)
+    if value == MEAN_INDEX:
+        k = torch.arange(given.shape[-1], dtype=probs.dtype, device=probs.device)
+        probs = (probs * k).sum(-1)
+    return probs.to(dtype).expand(shape + probs.shape).clone()
+
+
+def score_and_entropy(
+    given: Tensor,  # [*batch, K]
+    mask: Tensor | None,
+    index: Tensor | None,  # int64 [*sample, *batch]
+    from_probs: bool,
+    entropies: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Log-probability of an index and the entropy; None for what is not wanted."""
+    log_probs = normalized(given, mask, from_probs)
+    return (
+        None if index is None else pick(log_probs, index),
+        entropy(log_probs) if entropies else None,
+    )
+
+
+def backward(
+    grad_value: Tensor | None,  # [*sample, *batch, K], or [*sample, *batch] for a mean index
+    grad_score: Tensor | None,  # [*sample, *batch]
+    grad_entropy: Tensor | None,  # [*batch]
+    given: Tensor,  # [*batch, K]
+    mask: Tensor | None,
+    index: Tensor | None,  # int64 [*sample, *batch]
+    shape: torch.Size,
+    from_probs: bool,
+    mean_index: bool,
+) -> Tensor:  # [*sample, *batch, K]
+    """The gradient of value, score and entropy by logits or weights; see the kernels' formulas."""
+    x = given if mask is None else torch.where(mask, given, -math.inf)
+    w = weights(x, from_probs)
+    total = w.sum(-1, keepdim=True)
+    q = w / total
+    k = torch.arange(x.shape[-1], device=x.device)
+    by_value = q.new_zeros(())
+    if grad_value is not None:
+        by_value = grad_value.to(q.dtype)
+        if mean_index:
+            by_value = by_value.unsqueeze(-1) * k
+    rate = by_value.expand(shape + q.shape).clone()
+    eps = torch.finfo(given.dtype).eps
+    clamped = q.clamp(eps, 1 - eps)
+    by_index = torch.zeros_like(rate)
+    if grad_score is not None and index is not None:
+        by_row = grad_score.to(q.dtype).unsqueeze(-1)
+        hot = index.unsqueeze(-1) == k
+        if from_probs:
+            rate = rate + torch.where(hot & (clamped == q), by_row / clamped, 0.0)
+        else:
+            if mask is not None:
+                # The score of a masked category is a constant.
+                by_row = torch.where((hot & mask).any(-1, keepdim=True), by_row, 0.0)
+            by_index = torch.where(hot, by_row, 0.0)
+            rate = rate - by_row
+    if grad_entropy is not None:
+        by_row = grad_entropy.to(q.dtype).unsqueeze(-1)
+        if from_probs:
+            term = torch.where(clamped == q, by_row * (clamped.log() + 1.0), 0.0)
+        else:
+            log_q = q.clamp_min(torch.finfo(q.dtype).tiny).log()
+            term = by_row * (log_q - (q * log_q).sum(-1, keepdim=True))
+        # The entropy has no sample dimensions: its gradient goes to the first sample alone.
+        rate = rate.contiguous()
+        rate.view(-1, *q.shape)[0] -= term
+    if from_probs:
+        made = (rate - (q * rate).sum(-1, keepdim=True)) / total
+    else:
+        mean = (q * by_value).sum(-1, keepdim=True)
+        made = q * (rate - mean) + by_index
+    return made.to(given.dtype)
