@@ -121,8 +121,15 @@ class TruncatedNormal(Fused):
     def _draw(self, shape, generator, score, pathwise):
         args = self._args()
         loc = args[0]
+        if ops.served(*args):
+            return ops.draw(
+                *args, shape, self._ndims, generator, score=score, pathwise=pathwise,
+                clamp=self._bounds_of_value,
+            )  # fmt: skip
+        # The steps of a counter-based stream are the kernels', whatever the dtype.
+        like = loc.new_empty((), dtype=torch.float64) if rng.counted(generator) else loc
         noise = rng.uniform(
-            shape + loc.shape if shape else loc.shape, loc, generator, _EPS, 1.0 - _EPS
+            shape + loc.shape if shape else loc.shape, like, generator, _EPS, 1.0 - _EPS
         )
         if noise.dtype in _HALVES:
             # There the upper limit rounds to 1.
@@ -139,6 +146,12 @@ class TruncatedNormal(Fused):
     def _point(self, interaction: InteractionType, score: bool):
         args = self._args()
         loc = args[0]
+        kind = ops.MODE if interaction is MODE else ops.MEAN
+        kind = ops.MEDIAN if interaction is MEDIAN else kind
+        if ops.served(*args, kind):
+            return ops.draw(
+                *args, EMPTY, self._ndims, kind=kind, score=score, clamp=self._bounds_of_value
+            )  # fmt: skip
         if interaction is MODE:
             low, high = self._bound_tensors()
             value = torch.clamp(loc, low, high)
@@ -147,15 +160,42 @@ class TruncatedNormal(Fused):
             value = ops.sample(*args, half)
         else:
             value = ops.mean(ops.standardize(*args)).to(loc.dtype)
-        return value, ops.log_prob(*args, value, self._ndims) if score else None
+        log_prob = ops.log_prob(*args, value, self._ndims) if score else None
+        if self._bounds_of_value is not None:
+            value = self._bounds_of_value.clamp(value)
+        return value, log_prob
+
+    def carry(self, projection: Any) -> bool:
+        if not ops.served(*self._args()):
+            return False
+        self._bounds_of_value = ops.bounds_of(projection, self.loc, self._ndims)
+        return self._bounds_of_value is not None
+
+    def _memo(self) -> dict[str, Any] | None:
+        """What a score keeps for the entropy, which a loss with gradients asks for next."""
+        loc, scale = self.loc, self.scale
+        # A leaf may be asked for two backward passes, which one node for both would not survive.
+        made = loc.grad_fn is not None and scale.grad_fn is not None
+        if not made or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        memo = self.__dict__.get("_shared")
+        if memo is None or memo["of"][0] is not loc or memo["of"][1] is not scale:
+            memo = self._shared = {"of": (loc, scale)}
+        return memo
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of `value`, `[*sample, *batch]`; `-inf` outside of the bounds."""
-        return ops.log_prob(*self._args(), value, self._ndims)
+        args = self._args()
+        if ops.served(*args):
+            return ops.score_and_entropy(*args, value, self._ndims, self._memo())
+        return ops.log_prob(*args, value, self._ndims)
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, `[*batch]`."""
-        return ops.entropy(*self._args(), self._ndims)
+        args = self._args()
+        if ops.served(*args):
+            return ops.entropy_given(*args, self._ndims, self._memo())
+        return ops.entropy(*args, self._ndims)
 
     def cdf(self, value: Tensor) -> Tensor:
         """Probability of what lies below `value` in each element, `[*sample, *batch, event]`."""

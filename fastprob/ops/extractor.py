@@ -7,6 +7,7 @@ fp32; a kernel of its own for the scale moves 8 more.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +17,10 @@ from fastprob import backend
 from fastprob.ops import _random
 from fastprob.ops._fused import Bounds, no_bounds, plain_eager, wanted, wants_gradient
 from fastprob.ops._register import nothing, register
+from fastprob.ops.tanh_normal import Bounds as Interval
 from fastprob.reference import extractor as reference
 from fastprob.reference import normal as normal_reference
+from fastprob.reference import tanh_normal as tanh_reference
 
 SOFTPLUS, EXP = reference.SOFTPLUS, reference.EXP
 
@@ -52,8 +55,9 @@ def draw(
     score: bool = True,
     pathwise: bool = True,
     bounds: Bounds | None = None,
+    interval: Interval | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """A value of a Normal with one event dimension, its log-density, and the scale.
+    """A value with one event dimension, its log-density, and the scale.
 
     Args:
         raw: `[*batch, 2 A]`.
@@ -63,54 +67,90 @@ def draw(
         score: whether the log-density is wanted.
         pathwise: whether gradients flow through the value.
         bounds: what the value is clamped to after it was scored.
+        interval: where a TanhNormal's values lie, as numbers; None for a Normal.
 
     Returns:
         value `[*batch, A]`, log-density `[*batch]` or None, scale `[*batch, A]`.
     """
     if not plain_eager():
         state = _random.device_pair(raw, generator) if random and generator is not None else None
-        value, scores, scales, _ = torch.ops.fastprob.normal_extracted_draw(
-            raw, state, random, score, pathwise, list(mapping), *(bounds or no_bounds)
-        )
+        value, scores, scales, _ = torch.ops.fastprob.extracted_draw(
+            raw, state, random, score, pathwise, list(mapping), *(bounds or no_bounds),
+            *_spread(interval),
+        )  # fmt: skip
         return value if pathwise else value.detach(), scores if score else None, scales
     state = _random.state_for(raw, generator) if random else None
     if wants_gradient(raw):
-        return _Draw.apply(raw, state, score, pathwise, mapping, bounds)
-    value, scores, scales, _ = _launch(raw, state, score, mapping, bounds, False)
+        return _Draw.apply(raw, state, score, pathwise, mapping, bounds, interval)
+    value, scores, scales, _ = _launch(raw, state, score, mapping, bounds, interval, False)
     return value, scores, scales
 
 
-def _launch(raw, state, score, mapping, bounds, keep):
+def _spread(interval: Interval | None) -> tuple[list[float] | None, bool]:
+    """An interval as arguments of an operator: half the width and the middle, and `safe`."""
+    if interval is None:
+        return None, False
+    assert isinstance(interval.half, float) and isinstance(interval.mid, float)
+    return [interval.half, interval.mid], interval.safe
+
+
+def _gather(numbers: list[float] | None, safe: bool) -> Interval | None:
+    """The inverse of `_spread`."""
+    if numbers is None:
+        return None
+    return Interval(numbers[0], numbers[1], math.log(numbers[0]), safe)
+
+
+def _launch(raw, state, score, mapping, bounds, interval, keep):
     loc, rough = raw.chunk(2, -1)
     scales = torch.empty_like(loc, memory_format=torch.contiguous_format)
-    value, scores, _, used = backend.kernels("normal").draw(
-        loc, rough, torch.Size(), 1, state=state, score=score, clamp=bounds, keep=keep,
-        raw=backend.kernels("_launch").Mapping(*mapping), mapped=scales,
-    )  # fmt: skip
+    wanted = {
+        "state": state, "score": score, "clamp": bounds, "keep": keep, "mapped": scales,
+        "raw": backend.kernels("_launch").Mapping(*mapping),
+    }  # fmt: skip
+    if interval is None:
+        value, scores, _, used = backend.kernels("normal").draw(
+            loc, rough, torch.Size(), 1, **wanted
+        )
+    else:
+        value, scores, used = backend.kernels("tanh_normal").draw(
+            loc, rough, interval, torch.Size(), 1, **wanted
+        )
     return value, scores, scales, used
 
 
-def _launch_backward(grads, raw, used, pathwise, mapping, bounds):
+def _launch_backward(grads, raw, used, pathwise, mapping, bounds, interval):
     """The gradient of `raw`; `grads` those of value, log-density and scale."""
     loc, rough = raw.chunk(2, -1)
     into = torch.empty_like(raw, memory_format=torch.contiguous_format)
     if into.numel() == 0:
         return into
-    backend.kernels("normal").draw_backward(
-        grads[0], grads[1], None, loc, rough, used, torch.Size(), 1, pathwise=pathwise,
-        clamp=bounds, raw=backend.kernels("_launch").Mapping(*mapping), grad_mapped=grads[2],
-        into=into,
-    )  # fmt: skip
+    grad_value, grad_score, grad_scale = grads
+    given = {
+        "raw": backend.kernels("_launch").Mapping(*mapping), "grad_mapped": grad_scale,
+        "into": into,
+    }  # fmt: skip
+    if interval is None or not pathwise:
+        # Of a detached value the Jacobian is a constant: what is left is the Normal's.
+        backend.kernels("normal").draw_backward(
+            grad_value, grad_score, None, loc, rough, used, torch.Size(), 1, pathwise=pathwise,
+            clamp=bounds, **given,
+        )  # fmt: skip
+    else:
+        backend.kernels("tanh_normal").draw_backward(
+            grad_value, grad_score, loc, rough, interval, used, torch.Size(), 1, clamp=bounds,
+            **given,
+        )  # fmt: skip
     return into
 
 
 class _Draw(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, raw, state, score, pathwise, mapping, bounds):
+    def forward(ctx, raw, state, score, pathwise, mapping, bounds, interval):
         ctx.set_materialize_grads(False)
-        value, scores, scales, used = _launch(raw, state, score, mapping, bounds, True)
+        value, scores, scales, used = _launch(raw, state, score, mapping, bounds, interval, True)
         ctx.save_for_backward(raw, used)
-        ctx.pathwise, ctx.mapping, ctx.bounds = pathwise, mapping, bounds
+        ctx.rest = pathwise, mapping, bounds, interval
         if not pathwise:
             ctx.mark_non_differentiable(value)
         return value, scores, scales
@@ -119,31 +159,36 @@ class _Draw(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         raw, used = ctx.saved_tensors
-        made = _launch_backward(grads, raw, used, ctx.pathwise, ctx.mapping, ctx.bounds)
-        return made, *(None,) * 5
+        return _launch_backward(grads, raw, used, *ctx.rest), *(None,) * 6
 
 
 def _mapping(numbers):
     return Mapping(int(numbers[0]), *numbers[1:])
 
 
-def _draw_op(raw, state, random, score, pathwise, mapping, limits, low, high):
+def _draw_op(raw, state, random, score, pathwise, mapping, limits, low, high, interval, safe):
     bounds = Bounds(limits, low, high)
+    span = _gather(interval, safe)
     made = _mapping(mapping)
     if backend.serves(raw):
         source = None
         if random:
             source = _random.state_for(raw, None) if state is None else _random.given_pair(state)
-        value, scores, scales, used = _launch(raw, source, score, made, bounds, random)
+        value, scores, scales, used = _launch(raw, source, score, made, bounds, span, random)
     else:
         used = None
         if random:
             used = _random.device_pair(raw, None) if state is None else state.clone()
         loc, rough = raw.chunk(2, -1)
         scales = reference.scale(rough, *made)
-        value, scores, _ = normal_reference.draw(
-            loc, scales, used, torch.Size(), 1, score, False, *bounds
-        )
+        if span is None:
+            value, scores, _ = normal_reference.draw(
+                loc, scales, used, torch.Size(), 1, score, False, *bounds
+            )
+        else:
+            value, scores = tanh_reference.draw(
+                loc, scales, used, torch.Size(), 1, score, span.half, span.mid, safe, *bounds
+            )
     return (
         value,
         wanted(scores, raw),
@@ -152,7 +197,7 @@ def _draw_op(raw, state, random, score, pathwise, mapping, limits, low, high):
     )
 
 
-def _draw_fake(raw, state, random, score, pathwise, mapping, limits, low, high):
+def _draw_fake(raw, state, random, score, *_):
     shape = (*raw.shape[:-1], raw.shape[-1] // 2)
     return (
         raw.new_empty(shape),
@@ -164,55 +209,63 @@ def _draw_fake(raw, state, random, score, pathwise, mapping, limits, low, high):
 
 def _draw_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    raw, _, ctx.random, ctx.score, ctx.pathwise, ctx.mapping, ctx.limits, low, high = inputs
+    raw, _, ctx.random, ctx.score, ctx.pathwise, ctx.mapping, ctx.limits, low, high, *rest = inputs
+    ctx.rest = rest
     ctx.save_for_backward(raw, output[3], low, high)
 
 
 def _draw_gradient(ctx, grad_value, grad_score, grad_scale, _):
     raw, used, low, high = ctx.saved_tensors
-    made = torch.ops.fastprob.normal_extracted_draw_backward(
+    made = torch.ops.fastprob.extracted_draw_backward(
         grad_value if ctx.pathwise else None, grad_score if ctx.score else None, grad_scale, raw,
-        used if ctx.random else None, ctx.pathwise, ctx.mapping, ctx.limits, low, high,
+        used if ctx.random else None, ctx.pathwise, ctx.mapping, ctx.limits, low, high, *ctx.rest,
     )  # fmt: skip
-    return made, *(None,) * 8
+    return made, *(None,) * 10
 
 
 def _draw_backward_op(
-    grad_value, grad_score, grad_scale, raw, used, pathwise, mapping, limits, low, high
-):
+    grad_value, grad_score, grad_scale, raw, used, pathwise, mapping, limits, low, high, interval,
+    safe,
+):  # fmt: skip
     bounds = Bounds(limits, low, high)
-    made = _mapping(mapping)
+    made, span = _mapping(mapping), _gather(interval, safe)
     if backend.serves(raw):
         return _launch_backward(
-            (grad_value, grad_score, grad_scale), raw, used, pathwise, made, bounds
+            (grad_value, grad_score, grad_scale), raw, used, pathwise, made, bounds, span
         )
     loc, rough = raw.chunk(2, -1)
-    by_loc, by_scale = normal_reference.draw_backward(
-        grad_value, grad_score, None, loc, reference.scale(rough, *made), used, torch.Size(), 1,
-        pathwise, *bounds,
-    )  # fmt: skip
+    scales = reference.scale(rough, *made)
+    if span is None:
+        by_loc, by_scale = normal_reference.draw_backward(
+            grad_value, grad_score, None, loc, scales, used, torch.Size(), 1, pathwise, *bounds
+        )
+    else:
+        by_loc, by_scale = tanh_reference.draw_backward(
+            grad_value, grad_score, loc, scales, used, torch.Size(), 1, pathwise, span.half,
+            span.mid, safe, *bounds,
+        )  # fmt: skip
     if grad_scale is not None:
         by_scale = by_scale + grad_scale
     return torch.cat((by_loc, by_scale * reference.slope(rough, *made)), -1)
 
 
-def _draw_backward_fake(
-    grad_value, grad_score, grad_scale, raw, used, pathwise, mapping, limits, low, high
-):
+def _draw_backward_fake(grad_value, grad_score, grad_scale, raw, *_):
     return raw.new_empty(raw.shape)
 
 
 register(
-    "normal_extracted_draw_backward",
+    "extracted_draw_backward",
     "(Tensor? grad_value, Tensor? grad_score, Tensor? grad_scale, Tensor raw, Tensor? used, "
-    "bool pathwise, float[] mapping, float[]? limits, Tensor? low, Tensor? high) -> Tensor",
+    "bool pathwise, float[] mapping, float[]? limits, Tensor? low, Tensor? high, "
+    "float[]? interval, bool safe) -> Tensor",
     _draw_backward_op,
     _draw_backward_fake,
 )
 register(
-    "normal_extracted_draw",
+    "extracted_draw",
     "(Tensor raw, Tensor? state, bool random, bool score, bool pathwise, float[] mapping, "
-    "float[]? limits, Tensor? low, Tensor? high) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float[]? limits, Tensor? low, Tensor? high, float[]? interval, bool safe) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     _draw_op,
     _draw_fake,
     setup=_draw_setup,
