@@ -28,7 +28,7 @@ def register(
     setup: Callable[..., None] | None = None,
     batched: Sequence[int] = (),
     out_dims: Callable[..., tuple[int | None, ...]] | None = None,
-    random: bool = False,
+    random: bool | Callable[..., bool] = False,
     vmap: Callable[..., Any] | None = None,
 ) -> None:
     """Registers `fastprob::name`.
@@ -44,7 +44,8 @@ def register(
             same for the whole batch.
         out_dims: from the arguments, where each result has the batch dimension; None for a result
             that has none.
-        random: whether it draws from torch's generator where it gets no state.
+        random: whether it draws from torch's generator where it gets no state; a function of the
+            arguments where only some calls do.
         vmap: a rule of its own, as for `torch.library.register_vmap`, in place of the three above.
     """
     tags = (torch.Tag.nondeterministic_seeded,) if random else ()
@@ -80,13 +81,14 @@ def _vmap_rule(name, operator, batched, out_dims, random):
                     f"fastprob::{name} under vmap needs the same {_argument(operator, i)} for the "
                     "whole batch"
                 )
-        if random and info.randomness == "error":
+        draws = random(*args) if callable(random) else random
+        if draws and info.randomness == "error":
             raise RuntimeError(
                 "vmap: called random operation while in randomness error mode. Please either use "
                 "the 'same' or 'different' randomness flags on vmap or perform the randomness "
                 "operation out of vmap"
             )
-        if random and info.randomness == "same":
+        if draws and info.randomness == "same":
             names = [a.name for a in operator._schema.arguments]
             at = names.index("state")
             if moved[at] is None:
