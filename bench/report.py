@@ -66,32 +66,41 @@ def section(folder: Path) -> str:
         ("loops", _loops),
         ("kernels", _kernels),
     ]
-    blocks = []
-    machine = None
+    blocks, sources = [], []
     for name, write in parts:
         path = folder / f"{name}.json"
+        made = []
         if path.is_file():
             data = json.loads(path.read_text("utf-8"))
-            machine = machine or data["environment"]
-            blocks += list(write(data))
-            image = folder / f"{name}.png"
-            if image.is_file():
-                where = image.relative_to(results.ROOT) if results.ROOT in image.parents else image
-                blocks.append(f"![{name}]({where})")
-    if machine is None:
+            made = list(write(data))
+        if not made:
+            continue
+        sources.append(_source(path.name, data["environment"]))
+        blocks += made
+        image = folder / f"{name}.png"
+        if image.is_file():
+            where = image.relative_to(results.ROOT) if results.ROOT in image.parents else image
+            blocks.append(f"![{name}]({where})")
+    if not blocks:
         return ""
-    files = ", ".join(f"`{p.name}`" for p in sorted(folder.glob("*.json")))
-    versions = ", ".join(
-        f"{name} {machine['versions'][name]}" for name in ("torch", "tensordict", "torchrl")
-    )
     head = (
-        f"### {machine['device']}\n\n{machine['cores']} cores, {machine['threads']} thread(s),"
-        f" {versions}, Python {machine['python']}. Written by `python -m bench report` from"
-        f" {files} in `bench/results/{folder.name}/`, which hold the spread of each figure, commit"
-        " and date as well. Ratios are medians over interleaved rounds of one run; above 1 is in"
-        " fastprob's favour, unless a column says else. **Bold** misses its goal."
+        f"### {folder.name}\n\nWritten by `python -m bench report` from the files in"
+        f" `bench/results/{folder.name}/`, which hold the spread of each figure as well. Ratios are"
+        " medians over interleaved rounds of one run; above 1 is in fastprob's favour, unless a"
+        " column says else. **Bold** misses its goal."
     )
-    return "\n\n".join([head, *blocks])
+    return "\n\n".join([head, "\n".join(sources), *blocks])
+
+
+def _source(name: str, run: Json) -> str:
+    """What a file was measured on, and with."""
+    versions = ", ".join(f"{k} {run['versions'][k]}" for k in ("torch", "tensordict", "torchrl"))
+    changed = ", with uncommitted changes" if run.get("uncommitted_changes") else ""
+    commit = (run.get("commit") or "unknown")[:7]
+    return (
+        f"- `{name}`: {run['device']}, {run['cores']} cores, {run['threads']} thread(s);"
+        f" {versions}, Python {run['python']}; commit {commit}{changed}, {run['date'][:10]}"
+    )
 
 
 # ------------------------------------------------------------------------------------------- calls
@@ -100,6 +109,7 @@ def section(folder: Path) -> str:
 def _calls(data: Json) -> Iterable[str]:
     titles = {row["case"]: row["title"] for row in data["results"]}
     yield from _slower(data, titles)
+    yield from _refused((titles[row["case"]], row) for row in data["results"])
     yield from _targets(data, titles)
     yield from _families(data)
     yield from _forms(data)
@@ -115,6 +125,17 @@ def _slower(data: Json, titles: dict[str, str]) -> Iterable[str]:
         return
     yield "**Where fastprob is slower**, than what, and what that takes as a part of its time:"
     yield _table(["", "shape", "fastprob", "the other", "other ÷ fastprob"], rows)
+
+
+def _refused(rows: Iterable[tuple[str, Json]]) -> Iterable[str]:
+    lines = [
+        f"- {title}, {_shape(row['shape'])}: {why}"
+        for title, row in rows
+        for why in row.get("refused", {}).values()
+    ]
+    if lines:
+        yield "**Refused by the gate**, and not timed:"
+        yield "\n".join(lines)
 
 
 def _targets(data: Json, titles: dict[str, str]) -> Iterable[str]:
@@ -193,6 +214,7 @@ def _scaling(data: Json) -> Iterable[str]:
             gain = providers["upstream"]["p50"] / providers["fastprob"]["p50"]
             lines.setdefault(point["family"], {})[_shape(point["shape"])] = f"{gain:.2g}"
     shapes = _unique(_shape(p["shape"]) for p in sorted(data["points"], key=lambda p: p["axis"]))
+    yield from _refused((point["family"], point) for point in data["points"])
     yield "**Scaling**, upstream ÷ fastprob, random value and score, eager:"
     yield _table(
         ["", *shapes],

@@ -309,20 +309,22 @@ def _row(name, **us):
     return calls.Row(CASES[name], (16, 8), timings, {}, {})
 
 
-def test_slower_lists_each_form_and_the_worst_first():
+def test_slower_lists_form_by_form_and_the_worst_first():
     rows = [
         _row("normal", upstream=[9.0] * 5, fastprob=[3.0] * 5, hand=[2.4] * 5),
         _row("delta", upstream=[3.0] * 5, fastprob=[5.0] * 5),
         _row("safe_normal", upstream_compiled=[4.0] * 5, fastprob_compiled=[8.0] * 5),
-        _row("one_hot", upstream_compiled=[4.0] * 5, fastprob=[1.0] * 5, copy_roof=[0.1] * 5),
+        _row("one_hot", upstream_compiled=[1.0] * 5, fastprob=[2.0] * 5, copy_roof=[0.1] * 5),
+        _row("beta", upstream_compiled=[4.0] * 5, fastprob=[1.0] * 5, copy_roof=[0.1] * 5),
     ]
     found = calls.slower(rows)
     assert [(item.case, item.ours, item.other, item.ratio.p50) for item in found] == [
         ("safe_normal", "fastprob compiled", "upstream compiled", 0.5),
         ("delta", "fastprob", "upstream", 0.6),
+        ("one_hot", "fastprob", "upstream compiled", 0.5),
         ("normal", "fastprob", "hand", pytest.approx(0.8)),
     ]
-    assert calls.slower(rows[3:]) == []
+    assert calls.slower(rows[4:]) == []
 
 
 def test_targets_are_judged_on_their_own_device():
