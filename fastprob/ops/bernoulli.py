@@ -107,10 +107,15 @@ def draw(
     """
     if not plain_eager():
         state = _random.device_pair(given, generator) if random and generator is not None else None
+        compiling = torch.compiler.is_compiling()
         value, scores, entropies, _ = torch.ops.fastprob.bernoulli_draw(
-            given, from_probs, state, list(shape), ndims, random, score, entropy
-        )
-        return value.detach(), scores if score else None, entropies if entropy else None
+            given if compiling else given.detach(), from_probs, state, list(shape), ndims, random,
+            score and compiling, entropy and compiling,
+        )  # fmt: skip
+        value = value.detach()
+        if not compiling:
+            return value, *_plain_score(given, from_probs, value if score else None, ndims, entropy)
+        return value, scores if score else None, entropies if entropy else None
     state = _random.state_for(given, generator) if random else None
     if (score or entropy) and wants_gradient(given):
         return _Draw.apply(given, from_probs, state, shape, ndims, score, entropy)
@@ -142,6 +147,8 @@ def score_given(
     if value is not None:
         given, _, value = fitting("Bernoulli", given, given, value)
     if not plain_eager():
+        if not torch.compiler.is_compiling():
+            return _plain_score(given, from_probs, value, ndims, entropy)
         scores, entropies = torch.ops.fastprob.bernoulli_score(
             given, from_probs, value, ndims, entropy
         )
@@ -149,6 +156,20 @@ def score_given(
     if wants_gradient(given, value):
         return _ScoreGiven.apply(given, from_probs, value, ndims, entropy)
     return backend.kernels("bernoulli").score(given, from_probs, value, ndims, entropy=entropy)
+
+
+def _plain_score(
+    given: Tensor, from_probs: bool, value: Tensor | None, ndims: int, entropy: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The score and the entropy in plain PyTorch.
+
+    functorch's grad and forward-mode differentiation see through it, and through no operator.
+    """
+    s = reference.logits(given) if from_probs else given
+    return (
+        None if value is None else reference.log_prob(s, value.to(s.dtype), ndims),
+        reference.entropy(s, ndims) if entropy else None,
+    )
 
 
 def score_and_entropy(
@@ -292,11 +313,7 @@ def _score_op(given, from_probs, value, ndims, entropy):
     if backend.serves(given):
         made = backend.kernels("bernoulli").score(given, from_probs, value, ndims, entropy=entropy)
     else:
-        s = reference.logits(given) if from_probs else given
-        made = (
-            None if value is None else reference.log_prob(s, value.to(s.dtype), ndims),
-            reference.entropy(s, ndims) if entropy else None,
-        )
+        made = _plain_score(given, from_probs, value, ndims, entropy)
     return wanted(made[0], given), wanted(made[1], given)
 
 

@@ -293,6 +293,38 @@ def test_vmap(device):
         torch.vmap(lambda s: independent(logits=s).sample())(logits)
 
 
+def test_the_operator_under_vmap(device):
+    logits = parameter((5, 4, 6), torch.float32, device, False)
+    value = (torch.rand(2, 5, 4, 6, device=device) < 0.5).float()
+    op = torch.ops.fastprob.bernoulli_score
+    got = torch.vmap(lambda s, v: op(s, False, v, 1, True), in_dims=(0, 1))(logits, value)
+    score, entropy = op(logits, False, value, 1, True)
+    assert torch.equal(got[0], score.transpose(0, 1)) and torch.equal(got[1], entropy)
+
+
+def test_functorchs_gradients(device):
+    logits = parameter((4, 6), torch.float32, device, False)
+    value = (logits > 1).float()
+    tangent = torch.randn_like(logits)
+
+    def both(s):
+        dist = independent(logits=s)
+        return dist.log_prob(value).sum() + dist.entropy().square().sum()
+
+    def drawn(s):
+        value, score = independent(logits=s).sample_and_log_prob()
+        return score.sum(), value
+
+    results = []
+    for back in ("triton", "reference"):
+        with backend.using_backend(back):
+            jvp = torch.func.jvp(both, (logits,), (tangent,))[1]
+            results.append([torch.func.grad(both)(logits), jvp])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    grad, value = torch.func.grad(drawn, has_aux=True)(logits)
+    torch.testing.assert_close(grad, value - torch.sigmoid(logits))
+
+
 def test_compiled_equals_eager(device):
     logits = parameter((5, 6), torch.float32, device, False)
 
