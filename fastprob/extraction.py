@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastprob import backend
 from fastprob.distributions.normal import ExtractedNormal, IndependentNormal
+from fastprob.distributions.tanh_normal import ExtractedTanhNormal, TanhNormal
 from fastprob.io import Items
 from fastprob.modules import ProbabilisticTensorDictModule
 from fastprob.ops.extractor import EXP, SOFTPLUS, Mapping
@@ -61,8 +62,7 @@ class Extraction:
         return (
             extractor is not None
             and named == {"loc": module.out_keys[0], "scale": module.out_keys[1]}
-            and head._build is IndependentNormal
-            and not head.distribution_kwargs
+            and _plain(head)
             and type(head).get_dist is ProbabilisticTensorDictModule.get_dist
             and "get_dist" not in head.__dict__
             and module._kwargs is None
@@ -94,7 +94,7 @@ class Extraction:
             or not self._fits()
         ):
             return None
-        extractor = _extractor(module.module)
+        extractor: Any = _extractor(module.module)
         raw: Any = inputs
         if extractor is not module.module:
             for layer in list(module.module)[:-1]:
@@ -114,12 +114,33 @@ class Extraction:
             for key, value in zip(module.out_keys, made, strict=True):
                 tensordict.set(key, value)
             return self.head(tensordict, **kwargs)
-        dist = ExtractedNormal(raw, mapping)
+        if self.head._build is IndependentNormal:
+            dist = ExtractedNormal(raw, mapping)
+        else:
+            given = self.head.distribution_kwargs
+            named = {k: given[k] for k in ("low", "high", "safe_tanh") if k in given}
+            dist = ExtractedTanhNormal(raw, mapping, **named)
 
         def parameters() -> Items:
             return [(module.out_keys[0], dist.loc), (module.out_keys[1], dist.scale)]
 
         return self.head._sample(dist, tensordict, parameters=parameters, **kwargs)
+
+
+def _plain(head: ProbabilisticTensorDictModule) -> bool:
+    """Whether a head builds a distribution that the kernels can make of a raw output."""
+    kwargs = head.distribution_kwargs
+    if head._build is IndependentNormal:
+        return not kwargs
+    if head._build is not TanhNormal or not isinstance(kwargs, dict):
+        return False
+    given = set(kwargs)
+    # upscale is of no effect without tanh_loc.
+    return (
+        given <= {"low", "high", "safe_tanh", "tanh_loc", "upscale", "event_dims"}
+        and not kwargs.get("tanh_loc")
+        and kwargs.get("event_dims") in (None, 1)
+    )
 
 
 def _extractor(module: Any) -> NormalParamExtractor | None:
@@ -135,7 +156,7 @@ def _hooked(module: Any) -> bool:
 
 def mapping_of(extractor: NormalParamExtractor) -> Mapping | None:
     """How an extractor maps the scale, None where the kernels know no such mapping."""
-    mapping, floor = extractor.scale_mapping, float(extractor.scale_lb)
+    mapping, floor = extractor.scale_mapping, float(extractor.scale_lb)  # type: ignore[arg-type]
     if type(mapping) is biased_softplus:
         if _hooked(mapping):
             return None

@@ -36,7 +36,10 @@ from fastprob.kernels import _math as m
 from fastprob.kernels import _random as random
 from fastprob.kernels import _tile as tile
 from fastprob.kernels._launch import (
+    FLAT,
+    NO_MAPPING,
     NO_STATE,
+    Mapping,
     State,
     bounds_of,
     event_numel,
@@ -47,8 +50,11 @@ from fastprob.kernels._launch import (
     gradients,
     launching,
     parameter,
+    strided_rows,
     tail,
 )
+from fastprob.kernels._scale import positive
+from fastprob.kernels._scale import slope as slope_of
 
 # What the terms of a drawn value lack: log(2 pi) / 2 of the Normal, and log(4) of the Jacobian.
 DRAWN = tl.constexpr(2.305232894324563)
@@ -79,22 +85,26 @@ def _span(bounds: Any) -> tuple[int, Any, Any, Any, Any, Any]:
 
 @triton.jit
 def _draw_tile(
-    loc, scale, value, low, high, lo, hi, halves, mids, half, mid, log_half,
-    seed, call, start, skip, left,
+    loc, scale, value, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
+    bias, least, floor, seed, call, start, skip, left,
     rows, loc_row, loc_column, scale_row, scale_column,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, LOC: tl.constexpr,
     SCALE: tl.constexpr, RANDOM: tl.constexpr, SCORE: tl.constexpr, SPAN: tl.constexpr,
-    LIMIT: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr,
+    LIMIT: tl.constexpr, CLAMP: tl.constexpr, MAP: tl.constexpr, FAST: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Writes the values of one tile; gives minus their scores, 0 outside."""
     i = tl.arange(0, COUNT)
     inside = (i >= skip) & (i < left)
     mu = tile.load(loc, start, i, inside, 0.0, rows, loc_row, loc_column, A, COUNT, LOC, WHOLE)
     sigma = mu
-    if RANDOM or SCORE:
+    if RANDOM or SCORE or MAP:
         sigma = tile.load(
             scale, start, i, inside, 1.0, rows, scale_row, scale_column, A, COUNT, SCALE, WHOLE
         )
+    if MAP:
+        sigma = positive(sigma, bias, least, floor, MAP, FAST)
+        tile.store(mapped, start, sigma, i, inside, COUNT, TILE, WHOLE)
     z = tl.zeros([COUNT], tl.float32)
     x = mu
     if RANDOM:
@@ -132,14 +142,14 @@ def _draw_tile(
 
 @triton.jit(do_not_specialize=["seed", "call", "total_rows", "rows"])
 def draw_kernel(
-    loc, scale, value, score, low, high, lo, hi, halves, mids, half, mid, log_half,
-    state, used, ticket, seed, call, total_rows, rows,
+    loc, scale, value, score, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
+    bias, least, floor, state, used, ticket, seed, call, total_rows, rows,
     loc_row, loc_column, scale_row, scale_column,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
     OWN: tl.constexpr, GATHER: tl.constexpr, WIDE: tl.constexpr, LOC: tl.constexpr,
     SCALE: tl.constexpr, RANDOM: tl.constexpr, SCORE: tl.constexpr, SPAN: tl.constexpr,
-    LIMIT: tl.constexpr, CLAMP: tl.constexpr, HOST: tl.constexpr, ADVANCE: tl.constexpr,
-    KEEP: tl.constexpr, FAST: tl.constexpr,
+    LIMIT: tl.constexpr, CLAMP: tl.constexpr, MAP: tl.constexpr, HOST: tl.constexpr,
+    ADVANCE: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Values and scores of OWN rows; of one row, chunk by chunk, where WIDE."""
     program = tl.program_id(0).to(tl.int64)
@@ -153,32 +163,37 @@ def draw_kernel(
         for chunk in range(0, tile.span(A, COUNT), COUNT):
             skip = (begin - start - chunk).to(tl.int32)
             energies += _draw_tile(
-                loc, scale, value, low, high, lo, hi, halves, mids, half, mid, log_half, seed, call,
-                start + chunk, skip, skip + A, rows, loc_row, loc_column, scale_row, scale_column,
-                A, COUNT, COUNT, LOC, SCALE, RANDOM, SCORE, SPAN, LIMIT, CLAMP, FAST,
-                A % COUNT == 0,
+                loc, scale, value, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
+                bias, least, floor, seed, call, start + chunk, skip, skip + A, rows,
+                loc_row, loc_column, scale_row, scale_column,
+                A, COUNT, COUNT, LOC, SCALE, RANDOM, SCORE, SPAN, LIMIT, CLAMP, MAP,
+                FAST, A % COUNT == 0,
             )  # fmt: skip
         if SCORE:
             sums = tile.sum_rows(energies, A, COUNT, 1, False)
             tile.store_rows(score, program, -sums, total_rows, 1, 1, True)
     else:
         start = program * TILE
-        end = total_rows * A
+        end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy = _draw_tile(
-                loc, scale, value, low, high, lo, hi, halves, mids, half, mid, log_half, seed, call,
-                start, 0, COUNT, rows, loc_row, loc_column, scale_row, scale_column,
-                A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, SPAN, LIMIT, CLAMP, FAST, True,
+                loc, scale, value, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
+                bias, least, floor, seed, call, start, 0, COUNT, rows,
+                loc_row, loc_column, scale_row, scale_column,
+                A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, SPAN, LIMIT, CLAMP, MAP, FAST,
+                True,
             )  # fmt: skip
             if SCORE:
                 sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER)
                 tile.store_rows(score, program * OWN, -sums, total_rows, ROWS, OWN, True)
         else:
             energy = _draw_tile(
-                loc, scale, value, low, high, lo, hi, halves, mids, half, mid, log_half, seed, call,
-                start, 0, tl.minimum(end - start, TILE).to(tl.int32), rows,
+                loc, scale, value, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
+                bias, least, floor, seed, call, start, 0,
+                tl.minimum(end - start, TILE).to(tl.int32), rows,
                 loc_row, loc_column, scale_row, scale_column,
-                A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, SPAN, LIMIT, CLAMP, FAST, False,
+                A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, SPAN, LIMIT, CLAMP, MAP, FAST,
+                False,
             )  # fmt: skip
             if SCORE:
                 sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER)
@@ -189,13 +204,14 @@ def draw_kernel(
 
 @triton.jit
 def _draw_backward_tile(
-    grad_value, grad_score, loc, scale, grad_loc, grad_scale,
-    low, high, lo, hi, halves, mids, half, mid, used, start, left,
-    rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
+    grad_value, grad_score, grad_mapped, loc, scale, grad_loc, grad_scale,
+    low, high, lo, hi, halves, mids, half, mid, bias, least, floor, used, start, left, rows,
+    value_row, value_column, loc_row, loc_column, scale_row, scale_column,
+    mapped_row, mapped_column, out_row,
     A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, LOC: tl.constexpr,
     SCALE: tl.constexpr, RANDOM: tl.constexpr, BY_VALUE: tl.constexpr, BY_SCORE: tl.constexpr,
-    SPAN: tl.constexpr, LIMIT: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr,
-    WHOLE: tl.constexpr,
+    SPAN: tl.constexpr, LIMIT: tl.constexpr, CLAMP: tl.constexpr, MAP: tl.constexpr,
+    MAPPED: tl.constexpr, OUT: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, COUNT)
     inside = i < left
@@ -203,6 +219,9 @@ def _draw_backward_tile(
     sigma = tile.load(
         scale, start, i, inside, 1.0, rows, scale_row, scale_column, A, COUNT, SCALE, WHOLE
     )
+    rise = sigma
+    if MAP:
+        sigma, rise = slope_of(sigma, bias, least, floor, MAP, FAST)
     z = tl.zeros([COUNT], tl.float32)
     if RANDOM:
         z = random.normals(tl.load(used), tl.load(used + 1), start, COUNT, FAST)
@@ -234,45 +253,53 @@ def _draw_backward_tile(
             least, most = tile.bounds(low, high, lo, hi, start, i, A, COUNT, CLAMP)
             by_loc = tl.where((y >= least) & (y <= most), by_loc, 0.0)
         by_loc = by_loc * slope
+    by_scale = by_loc * z
     if BY_SCORE:
         by_row = tile.of_rows(grad_score, start, i, inside, A, COUNT, WHOLE)
         by_loc += by_row * 2.0 * m.with_sign(size, x)
-        tile.store(
-            grad_scale, start, by_loc * z - by_row * m.reciprocal(sigma, FAST),
-            i, inside, COUNT, COUNT, WHOLE,
-        )  # fmt: skip
-    else:
-        tile.store(grad_scale, start, by_loc * z, i, inside, COUNT, COUNT, WHOLE)
-    tile.store(grad_loc, start, by_loc, i, inside, COUNT, COUNT, WHOLE)
+        by_scale = by_loc * z - by_row * m.reciprocal(sigma, FAST)
+    if MAP:
+        if MAPPED >= 0:
+            by_scale += tile.load(
+                grad_mapped, start, i, inside, 0.0, rows, mapped_row, mapped_column,
+                A, COUNT, MAPPED, WHOLE,
+            )  # fmt: skip
+        by_scale *= rise
+    tile.store_at(grad_loc, start, by_loc, i, inside, rows, out_row, A, COUNT, OUT, WHOLE)
+    tile.store_at(grad_scale, start, by_scale, i, inside, rows, out_row, A, COUNT, OUT, WHOLE)
 
 
 @triton.jit(do_not_specialize=["total", "rows"])
 def draw_backward_kernel(
-    grad_value, grad_score, loc, scale, grad_loc, grad_scale,
-    low, high, lo, hi, halves, mids, half, mid,
-    used, total, rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
+    grad_value, grad_score, grad_mapped, loc, scale, grad_loc, grad_scale,
+    low, high, lo, hi, halves, mids, half, mid, bias, least, floor, used, total, rows,
+    value_row, value_column, loc_row, loc_column, scale_row, scale_column,
+    mapped_row, mapped_column, out_row,
     A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, LOC: tl.constexpr,
     SCALE: tl.constexpr, RANDOM: tl.constexpr, BY_VALUE: tl.constexpr, BY_SCORE: tl.constexpr,
-    SPAN: tl.constexpr, LIMIT: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr,
+    SPAN: tl.constexpr, LIMIT: tl.constexpr, CLAMP: tl.constexpr, MAP: tl.constexpr,
+    MAPPED: tl.constexpr, OUT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of COUNT elements, the noise drawn anew from the state that the draw has used."""
     start = tl.program_id(0).to(tl.int64) * COUNT
     if start + COUNT <= total:
         _draw_backward_tile(
-            grad_value, grad_score, loc, scale, grad_loc, grad_scale,
-            low, high, lo, hi, halves, mids, half, mid, used, start, COUNT,
+            grad_value, grad_score, grad_mapped, loc, scale, grad_loc, grad_scale,
+            low, high, lo, hi, halves, mids, half, mid, bias, least, floor, used, start, COUNT,
             rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
+            mapped_row, mapped_column, out_row,
             A, COUNT, VALUE, LOC, SCALE, RANDOM, BY_VALUE, BY_SCORE, SPAN, LIMIT, CLAMP,
-            FAST, True,
+            MAP, MAPPED, OUT, FAST, True,
         )  # fmt: skip
     else:
         _draw_backward_tile(
-            grad_value, grad_score, loc, scale, grad_loc, grad_scale,
-            low, high, lo, hi, halves, mids, half, mid, used, start,
+            grad_value, grad_score, grad_mapped, loc, scale, grad_loc, grad_scale,
+            low, high, lo, hi, halves, mids, half, mid, bias, least, floor, used, start,
             (total - start).to(tl.int32),
             rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
+            mapped_row, mapped_column, out_row,
             A, COUNT, VALUE, LOC, SCALE, RANDOM, BY_VALUE, BY_SCORE, SPAN, LIMIT, CLAMP,
-            FAST, False,
+            MAP, MAPPED, OUT, FAST, False,
         )  # fmt: skip
 
 
@@ -351,7 +378,7 @@ def score_kernel(
         tile.store_rows(score, program, -sums, total_rows, 1, 1, True)
     else:
         start = program * TILE
-        end = total_rows * A
+        end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy = _score_tile(
                 loc, scale, value, halves, mids, half, mid, log_half, start, COUNT, rows,
@@ -448,6 +475,8 @@ def draw(
     score: bool = True,
     clamp: Any = None,
     keep: bool = False,
+    raw: Mapping = NO_MAPPING,
+    mapped: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A value, its score and the state that was used, in one launch.
 
@@ -461,6 +490,8 @@ def draw(
         score: whether the log-density is wanted.
         clamp: the `Bounds` that the value is projected onto, after it was scored.
         keep: whether the backward pass needs the state.
+        raw: how the standard deviation is mapped from `scale`, if that is a raw value.
+        mapped: gets the standard deviation then, `[*batch, *event]`, contiguous; no samples.
 
     Returns:
         value `[*sample, *batch, *event]`, log-density `[*sample, *batch]` and an int64 pair; None
@@ -486,14 +517,14 @@ def draw(
     grid = forward_grid(total_rows, a)
     with launching(loc):
         draw_kernel[(grid.programs,)](
-            mu.tensor, sigma.tensor, value, scores, low, high, lo, hi,
-            halves, mids, half, mid, log_half,
+            mu.tensor, sigma.tensor, value, scores, mapped, low, high, lo, hi,
+            halves, mids, half, mid, log_half, *raw.numbers,
             source.pair, used, source.ticket, source.seed, source.call,
             total_rows, rows, mu.row, mu.column, sigma.row, sigma.column,
             A=a, COUNT=grid.count, TILE=grid.tile, ROWS=grid.rows, OWN=grid.own,
             GATHER=grid.gather, WIDE=grid.wide, LOC=mu.layout, SCALE=sigma.layout,
             RANDOM=state is not None, SCORE=score, SPAN=span, LIMIT=_limit(loc, bounds.safe),
-            CLAMP=kind, HOST=source.pair is None,
+            CLAMP=kind, MAP=raw.kind, HOST=source.pair is None,
             ADVANCE=source.ticket is not None, KEEP=used is not None, FAST=fast(loc),
             num_warps=grid.warps,
         )  # fmt: skip
@@ -511,6 +542,9 @@ def draw_backward(
     ndims: int,
     *,
     clamp: Any = None,
+    raw: Mapping = NO_MAPPING,
+    grad_mapped: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `draw` by loc and scale, `[*batch, *event]`.
 
@@ -527,29 +561,39 @@ def draw_backward(
         shape: as in `draw`.
         ndims: as in `draw`.
         clamp: as in `draw`.
+        raw: as in `draw`.
+        grad_mapped: gradient of the standard deviation itself, None for none.
+        into: `[*batch, 2 A]`, contiguous, gets both gradients side by side; no samples.
     """
     a = event_numel(loc.shape, ndims)
-    grad_loc, grad_scale = gradients(shape, loc), gradients(shape, scale)
+    out, out_row = FLAT, 0
+    if into is None:
+        grad_loc, grad_scale = gradients(shape, loc), gradients(shape, scale)
+    else:
+        grad_loc, grad_scale = into.chunk(2, -1)
+        out, out_row = strided_rows(2 * a)
     total = grad_loc.numel()
     if total == 0:
         return torch.zeros_like(loc), torch.zeros_like(scale)
     span, half, mid, _, halves, mids = _span(bounds)
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
-    upstream = parameter(grad_value if grad_value is not None else grad_loc, ndims, False)
+    upstream = parameter(grad_value if grad_value is not None else loc, ndims, False)
+    further = parameter(grad_mapped if grad_mapped is not None else loc, ndims, False)
     kind, lo, hi, low, high = bounds_of(clamp)
     programs, count, warps = flat_grid(total)
     with launching(loc):
         draw_backward_kernel[(programs,)](
-            upstream.tensor, tail(grad_score), mu.tensor, sigma.tensor, grad_loc, grad_scale,
-            low, high, lo, hi,
-            halves, mids, half, mid, used,
+            upstream.tensor, tail(grad_score), further.tensor, mu.tensor, sigma.tensor,
+            grad_loc, grad_scale, low, high, lo, hi,
+            halves, mids, half, mid, *raw.numbers, used,
             total, loc.numel() // a, upstream.row, upstream.column, mu.row, mu.column,
-            sigma.row, sigma.column,
+            sigma.row, sigma.column, further.row, further.column, out_row,
             A=a, COUNT=count, VALUE=upstream.layout, LOC=mu.layout, SCALE=sigma.layout,
             RANDOM=used is not None, BY_VALUE=grad_value is not None,
             BY_SCORE=grad_score is not None, SPAN=span, LIMIT=_limit(loc, bounds.safe),
-            CLAMP=kind, FAST=fast(loc), num_warps=warps,
+            CLAMP=kind, MAP=raw.kind, MAPPED=further.layout if grad_mapped is not None else -1,
+            OUT=out, FAST=fast(loc), num_warps=warps,
         )  # fmt: skip
     return fold(grad_loc, loc), fold(grad_scale, scale)
 

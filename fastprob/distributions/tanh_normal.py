@@ -23,8 +23,10 @@ from fastprob.distributions._base import (
     check_real,
 )
 from fastprob.distributions.normal import IndependentNormal, Normal, as_scale
+from fastprob.ops import extractor
 from fastprob.ops import normal as normal_ops
 from fastprob.ops import tanh_normal as ops
+from fastprob.ops.extractor import Mapping
 from fastprob.ops.tanh_normal import Bounds
 from fastprob.reference import tanh_normal as reference
 from fastprob.reference._chunks import rows_per_piece
@@ -255,6 +257,74 @@ class TanhNormal(Fused):
             f"{type(self).__name__}(loc: {self.loc.shape}, scale: {self.scale.shape}, "
             f"event_dims: {self._ndims})"
         )
+
+
+class ExtractedTanhNormal(TanhNormal):
+    """A TanhNormal whose parameters are the raw output of a network, as yet unmapped.
+
+    See `ExtractedNormal`.
+
+    Args:
+        raw: `[*batch, 2 A]`, loc and the raw scale side by side.
+        mapping: how the second half becomes the scale.
+        low: as for `TanhNormal`.
+        high: likewise.
+        safe_tanh: likewise.
+    """
+
+    def __init__(
+        self,
+        raw: Tensor,
+        mapping: Mapping,
+        low: Tensor | float = -1.0,
+        high: Tensor | float = 1.0,
+        safe_tanh: bool = True,
+    ) -> None:
+        self._validate_args = False
+        self.tanh_loc, self.upscale = False, 5.0
+        self._raw, self._mapping = raw, mapping
+        self._mapped: Tensor | None = None
+        self.loc = raw.chunk(2, -1)[0]
+        self._low, self._high = low, high
+        self._bounds = _bounds(low, high, safe_tanh, self.loc)
+        self._ndims = 1
+
+    @property
+    def scale(self) -> Tensor:  # type: ignore[override]
+        """Standard deviation before tanh, `[*batch, A]`."""
+        if self._mapped is None:
+            self._mapped = extractor.scale(self._raw, self._mapping)
+        return self._mapped
+
+    @scale.setter
+    def scale(self, value: Tensor) -> None:
+        self._mapped = value
+
+    def _extracted(self) -> Bounds | None:
+        """The interval, where the kernel that draws is to map the scale."""
+        if self._mapped is not None or not backend.serves(self._raw):
+            return None
+        return ops.served_bounds(self._bounds, self.loc, 1)
+
+    def _draw(self, shape, generator, score, pathwise):
+        interval = None if shape else self._extracted()
+        if interval is None:
+            return super()._draw(shape, generator, score, pathwise)
+        value, log_prob, self._mapped = extractor.draw(
+            self._raw, self._mapping, generator, score=score, pathwise=pathwise,
+            bounds=self._bounds_of_value, interval=interval,
+        )  # fmt: skip
+        return value, log_prob
+
+    def _point(self, interaction: InteractionType, score: bool):
+        interval = self._extracted()
+        if interval is None or interaction is MEAN or interaction is MODE:
+            return super()._point(interaction, score)
+        value, log_prob, self._mapped = extractor.draw(
+            self._raw, self._mapping, random=False, score=score, bounds=self._bounds_of_value,
+            interval=interval,
+        )  # fmt: skip
+        return value, log_prob
 
 
 @D.register_kl(TanhNormal, TanhNormal)

@@ -7,14 +7,13 @@ fp32; a kernel of its own for the scale moves 8 more.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastprob import backend
-from fastprob.ops import _random
+from fastprob.ops import _random, tanh_normal
 from fastprob.ops._fused import Bounds, no_bounds, plain_eager, wanted, wants_gradient
 from fastprob.ops._register import nothing, register
 from fastprob.ops.tanh_normal import Bounds as Interval
@@ -67,7 +66,7 @@ def draw(
         score: whether the log-density is wanted.
         pathwise: whether gradients flow through the value.
         bounds: what the value is clamped to after it was scored.
-        interval: where a TanhNormal's values lie, as numbers; None for a Normal.
+        interval: where a TanhNormal's values lie, from `served_bounds`; None for a Normal.
 
     Returns:
         value `[*batch, A]`, log-density `[*batch]` or None, scale `[*batch, A]`.
@@ -86,19 +85,16 @@ def draw(
     return value, scores, scales
 
 
-def _spread(interval: Interval | None) -> tuple[list[float] | None, bool]:
-    """An interval as arguments of an operator: half the width and the middle, and `safe`."""
-    if interval is None:
-        return None, False
-    assert isinstance(interval.half, float) and isinstance(interval.mid, float)
-    return [interval.half, interval.mid], interval.safe
+def _spread(interval: Interval | None) -> tuple[Any, Any, Any, bool]:
+    """An interval as arguments of an operator: numbers, half widths, middles and `safe`."""
+    return (None, None, None, False) if interval is None else tanh_normal.as_arguments(interval)
 
 
-def _gather(numbers: list[float] | None, safe: bool) -> Interval | None:
+def _gather(numbers: Any, halves: Any, mids: Any, safe: bool) -> Interval | None:
     """The inverse of `_spread`."""
-    if numbers is None:
+    if numbers is None and halves is None:
         return None
-    return Interval(numbers[0], numbers[1], math.log(numbers[0]), safe)
+    return tanh_normal.from_arguments(numbers, halves, mids, safe)
 
 
 def _launch(raw, state, score, mapping, bounds, interval, keep):
@@ -166,9 +162,9 @@ def _mapping(numbers):
     return Mapping(int(numbers[0]), *numbers[1:])
 
 
-def _draw_op(raw, state, random, score, pathwise, mapping, limits, low, high, interval, safe):
+def _draw_op(raw, state, random, score, pathwise, mapping, limits, low, high, *interval):
     bounds = Bounds(limits, low, high)
-    span = _gather(interval, safe)
+    span = _gather(*interval)
     made = _mapping(mapping)
     if backend.serves(raw):
         source = None
@@ -187,7 +183,7 @@ def _draw_op(raw, state, random, score, pathwise, mapping, limits, low, high, in
             )
         else:
             value, scores = tanh_reference.draw(
-                loc, scales, used, torch.Size(), 1, score, span.half, span.mid, safe, *bounds
+                loc, scales, used, torch.Size(), 1, score, span.half, span.mid, span.safe, *bounds
             )
     return (
         value,
@@ -209,26 +205,26 @@ def _draw_fake(raw, state, random, score, *_):
 
 def _draw_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    raw, _, ctx.random, ctx.score, ctx.pathwise, ctx.mapping, ctx.limits, low, high, *rest = inputs
-    ctx.rest = rest
-    ctx.save_for_backward(raw, output[3], low, high)
+    raw, _, ctx.random, ctx.score, ctx.pathwise, ctx.mapping, ctx.limits, *rest = inputs
+    low, high, ctx.interval, halves, mids, ctx.safe = rest
+    ctx.save_for_backward(raw, output[3], low, high, halves, mids)
 
 
 def _draw_gradient(ctx, grad_value, grad_score, grad_scale, _):
-    raw, used, low, high = ctx.saved_tensors
+    raw, used, low, high, halves, mids = ctx.saved_tensors
     made = torch.ops.fastprob.extracted_draw_backward(
         grad_value if ctx.pathwise else None, grad_score if ctx.score else None, grad_scale, raw,
-        used if ctx.random else None, ctx.pathwise, ctx.mapping, ctx.limits, low, high, *ctx.rest,
+        used if ctx.random else None, ctx.pathwise, ctx.mapping, ctx.limits, low, high,
+        ctx.interval, halves, mids, ctx.safe,
     )  # fmt: skip
-    return made, *(None,) * 10
+    return made, *(None,) * 12
 
 
 def _draw_backward_op(
-    grad_value, grad_score, grad_scale, raw, used, pathwise, mapping, limits, low, high, interval,
-    safe,
-):  # fmt: skip
+    grad_value, grad_score, grad_scale, raw, used, pathwise, mapping, limits, low, high, *interval
+):
     bounds = Bounds(limits, low, high)
-    made, span = _mapping(mapping), _gather(interval, safe)
+    made, span = _mapping(mapping), _gather(*interval)
     if backend.serves(raw):
         return _launch_backward(
             (grad_value, grad_score, grad_scale), raw, used, pathwise, made, bounds, span
@@ -242,7 +238,7 @@ def _draw_backward_op(
     else:
         by_loc, by_scale = tanh_reference.draw_backward(
             grad_value, grad_score, loc, scales, used, torch.Size(), 1, pathwise, span.half,
-            span.mid, safe, *bounds,
+            span.mid, span.safe, *bounds,
         )  # fmt: skip
     if grad_scale is not None:
         by_scale = by_scale + grad_scale
@@ -257,15 +253,15 @@ register(
     "extracted_draw_backward",
     "(Tensor? grad_value, Tensor? grad_score, Tensor? grad_scale, Tensor raw, Tensor? used, "
     "bool pathwise, float[] mapping, float[]? limits, Tensor? low, Tensor? high, "
-    "float[]? interval, bool safe) -> Tensor",
+    "float[]? interval, Tensor? halves, Tensor? mids, bool safe) -> Tensor",
     _draw_backward_op,
     _draw_backward_fake,
 )
 register(
     "extracted_draw",
     "(Tensor raw, Tensor? state, bool random, bool score, bool pathwise, float[] mapping, "
-    "float[]? limits, Tensor? low, Tensor? high, float[]? interval, bool safe) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
+    "float[]? limits, Tensor? low, Tensor? high, float[]? interval, Tensor? halves, Tensor? mids, "
+    "bool safe) -> (Tensor, Tensor, Tensor, Tensor)",
     _draw_op,
     _draw_fake,
     setup=_draw_setup,

@@ -240,7 +240,7 @@ def draw(
         state = _random.device_pair(loc, generator) if random and generator is not None else None
         value, scores, _ = torch.ops.fastprob.tanh_normal_draw(
             loc, scale, state, list(shape), ndims, random, score, pathwise,
-            *_interval(bounds), *(clamp or no_bounds),
+            *as_arguments(bounds), *(clamp or no_bounds),
         )  # fmt: skip
         return value if pathwise else value.detach(), scores if score else None
     state = _random.state_for(loc, generator) if random else None
@@ -267,21 +267,21 @@ def score_given(loc: Tensor, scale: Tensor, value: Tensor, bounds: Bounds, ndims
     """
     loc, scale, value = given("TanhNormal", loc, scale, value)
     if not plain_eager():
-        return torch.ops.fastprob.tanh_normal_score(loc, scale, value, ndims, *_interval(bounds))
+        return torch.ops.fastprob.tanh_normal_score(loc, scale, value, ndims, *as_arguments(bounds))
     if wants_gradient(loc, scale, value):
         return _ScoreGiven.apply(loc, scale, value, bounds, ndims)
     return backend.kernels("tanh_normal").score(loc, scale, value, bounds, ndims)
 
 
-def _interval(bounds: Bounds) -> tuple[Any, Any, Any, bool]:
+def as_arguments(bounds: Bounds) -> tuple[Any, Any, Any, bool]:
     """The interval as arguments of an operator: numbers, half widths, middles and `safe`."""
     if isinstance(bounds.half, Tensor):
         return None, bounds.half, bounds.mid, bounds.safe
     return (bounds.half, bounds.mid), None, None, bounds.safe
 
 
-def _bounds(interval: Any, halves: Any, mids: Any, safe: bool) -> Bounds:
-    """The inverse of `_interval`."""
+def from_arguments(interval: Any, halves: Any, mids: Any, safe: bool) -> Bounds:
+    """The inverse of `as_arguments`."""
     if interval is None:
         return Bounds(halves, mids, torch.log(halves), safe)
     half, mid = interval
@@ -341,7 +341,7 @@ def _draw_op(
     limits, low, high,
 ):  # fmt: skip
     shape = torch.Size(sample)
-    bounds = _bounds(interval, halves, mids, safe)
+    bounds = from_arguments(interval, halves, mids, safe)
     clamp = Clamped(limits, low, high)
     if backend.serves(loc):
         source = None
@@ -395,7 +395,7 @@ def _draw_backward_op(
     limits, low, high,
 ):  # fmt: skip
     shape = torch.Size(sample)
-    bounds = _bounds(interval, halves, mids, safe)
+    bounds = from_arguments(interval, halves, mids, safe)
     clamp = Clamped(limits, low, high)
     if backend.serves(loc):
         return _draw_backward(
@@ -416,7 +416,7 @@ def _like(parameter: Tensor) -> Tensor:
 
 
 def _score_op(loc, scale, value, ndims, interval, halves, mids, safe):
-    bounds = _bounds(interval, halves, mids, safe)
+    bounds = from_arguments(interval, halves, mids, safe)
     if backend.serves(loc):
         return backend.kernels("tanh_normal").score(loc, scale, value, bounds, ndims)
     x = reference.unsquash(value, bounds.half, bounds.mid, safe)
@@ -446,7 +446,7 @@ def _score_gradient(ctx, grad_score):
 def _score_backward_op(
     grad_score, loc, scale, value, ndims, interval, halves, mids, safe, to_value
 ):  # fmt: skip
-    bounds = _bounds(interval, halves, mids, safe)
+    bounds = from_arguments(interval, halves, mids, safe)
     if backend.serves(loc):
         made = backend.kernels("tanh_normal").score_backward(
             grad_score, loc, scale, value, bounds, ndims, to_value=to_value
@@ -502,7 +502,7 @@ register(
         len(sample) if score else None,
         None,
     ),
-    random=True,
+    random=lambda loc, scale, state, sample, ndims, random, *_: random,
 )
 register(
     "tanh_normal_score_backward",

@@ -41,6 +41,15 @@ def _ranges(span: int, clamp: int) -> dict[str, bool]:
     }  # fmt: skip
 
 
+def _extracted(kernel: Any, wanted: bool) -> dict[str, Any]:
+    """The constants of a scale that is mapped, from a raw output of loc and scale side by side."""
+    layout = {"MAP": 1, "LOC": 6, "SCALE": 6} if wanted else {"MAP": 0, "LOC": 0, "SCALE": 0}
+    if "OUT" in kernel.arg_names:
+        layout |= {"MAPPED": -1, "OUT": 6 if wanted else 0}
+    numbers = dict.fromkeys(("bias", "least", "floor", "mapped"), wanted)
+    return {**layout, **_none(kernel, numbers)}
+
+
 def draw(
     a: int,
     dtype: str,
@@ -49,6 +58,7 @@ def draw(
     span: int = 0,
     clamp: int = 0,
     random: bool = True,
+    extracted: bool = False,
     everywhere: bool = False,
 ) -> Case:
     grid = forward_grid(ROWS, a)
@@ -58,13 +68,15 @@ def draw(
         "LIMIT": tanh_normal.LIMITS[DTYPES[dtype]], "CLAMP": clamp, "HOST": not random,
         "ADVANCE": random, "KEEP": False, "FAST": True, "seed": None, "call": None, "used": None,
         **_none(kernel, {**_ranges(span, clamp), "state": random, "ticket": random}),
+        **_extracted(kernel, extracted),
     }  # fmt: skip
     name = f"tanh-normal-draw-{a}-{dtype}-span={span}-clamp={clamp}-random={random}"
+    name += "-extracted" if extracted else ""
     # A wide row is one program, chunk by chunk.
     return Case(
         name, kernel, _types(dtype), constants, grid.warps, grid.count if grid.wide else grid.tile,
-        (3 + 1 / a) * _size(dtype), slots, vectors=span != 2 and clamp != 2 and not grid.wide,
-        everywhere=everywhere,
+        (3 + extracted + 1 / a) * _size(dtype), slots,
+        vectors=span != 2 and clamp != 2 and not grid.wide, everywhere=everywhere,
     )  # fmt: skip
 
 
@@ -75,6 +87,7 @@ def draw_backward(
     *,
     span: int = 0,
     clamp: int = 0,
+    extracted: bool = False,
     everywhere: bool = False,
 ) -> Case:
     count, warps = FLAT_TILE
@@ -83,11 +96,12 @@ def draw_backward(
         "A": a, "COUNT": count, "VALUE": 0, "LOC": 0, "SCALE": 0, "RANDOM": True,
         "BY_VALUE": True, "BY_SCORE": True, "SPAN": span,
         "LIMIT": tanh_normal.LIMITS[DTYPES[dtype]], "CLAMP": clamp, "FAST": True,
-        **_none(kernel, _ranges(span, clamp)),
+        **_none(kernel, _ranges(span, clamp)), **_extracted(kernel, extracted),
     }  # fmt: skip
+    name = f"tanh-normal-draw-backward-{a}-{dtype}-span={span}-clamp={clamp}"
     return Case(
-        f"tanh-normal-draw-backward-{a}-{dtype}-span={span}-clamp={clamp}", kernel, _types(dtype),
-        constants, warps, count, (5 + 1 / a) * _size(dtype), slots, everywhere=everywhere,
+        name + ("-extracted" if extracted else ""), kernel, _types(dtype), constants, warps, count,
+        (5 + 1 / a) * _size(dtype), slots, everywhere=everywhere,
     )  # fmt: skip
 
 
@@ -139,7 +153,9 @@ CASES = [
     draw(17, "fp32", 54),
     draw(257, "fp32", 77),
     draw(1500, "fp32"),
+    draw(8, "fp32", 85, extracted=True),
     draw_backward(8, "fp32", 50, everywhere=True),
+    draw_backward(8, "fp32", 105, extracted=True),
     draw_backward(8, "bf16", 70, span=1, clamp=1),
     draw_backward(17, "fp32", 62),
     score(8, "fp32", 32, everywhere=True),

@@ -14,8 +14,11 @@ import fastprob
 from fastprob import backend, set_interaction_type
 from fastprob.counter import CounterStream
 from fastprob.distributions.normal import IndependentNormal
+from fastprob.distributions.tanh_normal import TanhNormal
 from fastprob.extraction import mapping_of
-from fastprob.kernels import normal as kernels
+from fastprob.kernels import normal as normal_kernels
+from fastprob.kernels import tanh_normal as tanh_kernels
+from fastprob.kernels._launch import NO_MAPPING
 from fastprob.ops import extractor as ops
 from fastprob.reference import extractor as reference
 from fastprob.specs import Bounded
@@ -52,18 +55,27 @@ def test_scale_and_its_gradient(name, dtype, device):
 @pytest.mark.parametrize("a", [1, 2, 3, 8, 17, 1500])
 @pytest.mark.parametrize("name", MAPPINGS[:1] + MAPPINGS[3:])
 @pytest.mark.parametrize("pathwise", [True, False])
-def test_values_scores_and_gradients(a, name, pathwise, device):
+@pytest.mark.parametrize("kind", ["normal", "tanh", "tanh of tensors"])
+def test_values_scores_and_gradients(a, name, pathwise, kind, device):
+    halves, mids = torch.rand(a, device=device) + 0.5, torch.randn(a, device=device)
+    interval = {
+        "normal": (None, None, None, False),
+        "tanh": ([0.9, 0.2], None, None, True),
+        "tanh of tensors": (None, halves, mids, False),
+    }[kind]
     mapping = mapping_of(NormalParamExtractor(name))
     raw = torch.randn(5, 2 * a, device=device)
     state = torch.tensor([4, 5], device=device)
     weights = [torch.randn(shape, device=device) for shape in ((5, a), (5,), (5, a))]
     made = []
-    for kind, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        with backend.using_backend(kind):
+    for served, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        with backend.using_backend(served):
+            interval = tuple(x.to(dtype) if isinstance(x, torch.Tensor) else x for x in interval)
             leaf = raw.to(dtype).requires_grad_()
-            out = torch.ops.fastprob.normal_extracted_draw(
-                leaf, state, True, True, pathwise, list(mapping), [-1.0, 1.0], None, None
-            )
+            out = torch.ops.fastprob.extracted_draw(
+                leaf, state, True, True, pathwise, list(mapping), [-1.0, 1.0], None, None,
+                *interval,
+            )  # fmt: skip
             total = sum((o * w.to(dtype)).sum() for o, w in zip(out, weights, strict=False))
             made.append([*out[:3], *torch.autograd.grad(total, leaf)])
     for got, expected in zip(*made, strict=True):
@@ -77,12 +89,32 @@ def test_operator(kind, device):
     state = torch.tensor([4, 5], device=device)
     with backend.using_backend(kind):
         torch.library.opcheck(
-            torch.ops.fastprob.normal_extracted_draw.default,
-            (raw, state, True, True, True, mapping, [-1.0, 1.0], None, None),
+            torch.ops.fastprob.extracted_draw.default,
+            (
+                raw,
+                state,
+                True,
+                True,
+                True,
+                mapping,
+                [-1.0, 1.0],
+                None,
+                None,
+                None,
+                None,
+                None,
+                False,
+            ),
+        )
+        torch.library.opcheck(
+            torch.ops.fastprob.extracted_draw.default,
+            (raw, state, True, True, True, mapping, None, None, None, [2.0, 0.5], None, None, True),
         )
 
 
-def policy(device, safe=False, name="biased_softplus_1.0", apart=False):
+def policy(
+    device, safe=False, name="biased_softplus_1.0", apart=False, dist=IndependentNormal, kwargs=None
+):
     torch.manual_seed(0)
     layers = [nn.Linear(3, 16, device=device), nn.Tanh(), nn.Linear(16, 8, device=device)]
     if apart:
@@ -95,7 +127,7 @@ def policy(device, safe=False, name="biased_softplus_1.0", apart=False):
         modules = [TensorDictModule(body, ["observation"], ["loc", "scale"])]
     kwargs = {
         "in_keys": ["loc", "scale"], "out_keys": ["action"], "return_log_prob": True,
-        "distribution_class": IndependentNormal,
+        "distribution_class": dist, "distribution_kwargs": kwargs,
     }  # fmt: skip
     if safe:
         spec = Bounded(low=-0.5, high=0.5, shape=(4,))
@@ -115,21 +147,35 @@ def observed(device):
 def launches(monkeypatch):
     """What was launched: how each draw mapped its scale."""
     found = []
-    original = kernels.draw
+    for module in (normal_kernels, tanh_kernels):
 
-    def draw(*args, **kwargs):
-        found.append(kwargs.get("raw", kernels.NO_MAPPING).kind)
-        return original(*args, **kwargs)
+        def draw(*args, original=module.draw, **kwargs):
+            found.append(kwargs.get("raw", NO_MAPPING).kind)
+            return original(*args, **kwargs)
 
-    monkeypatch.setattr(kernels, "draw", draw)
+        monkeypatch.setattr(module, "draw", draw)
     return found
 
 
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("kind", ["random", "mode", "mean", "deterministic"])
-def test_a_sequence_runs_both_as_one(apart, safe, kind, device, launches):
-    fused, apart_from_it = (policy(device, safe=safe, apart=apart) for _ in range(2))
+@pytest.mark.parametrize(
+    ("dist", "kwargs", "kind"),
+    [
+        *((IndependentNormal, None, k) for k in ("random", "mode", "mean", "deterministic")),
+        (TanhNormal, None, "random"),
+        (TanhNormal, {"low": -2.0, "high": 1.0, "event_dims": 1}, "random"),
+        (TanhNormal, {"low": -torch.ones(4), "high": torch.ones(4) * 2}, "random"),
+        (TanhNormal, {"safe_tanh": False}, "deterministic"),
+    ],
+)
+def test_a_sequence_runs_both_as_one(apart, safe, dist, kwargs, kind, device, launches):
+    kwargs = kwargs and {
+        k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()
+    }
+    fused, apart_from_it = (
+        policy(device, safe=safe, apart=apart, dist=dist, kwargs=kwargs) for _ in range(2)
+    )
     # A hook keeps the extractor on its own.
     apart_from_it[-2].register_forward_hook(lambda *_: None)
     results = []
@@ -161,6 +207,11 @@ def test_an_unknown_mapping_or_shape_is_left_to_the_modules(device, launches):
         out = relu(observed(device))
     assert launches == [0]
     assert out["scale"].min() >= 1e-4
+    # The mean is squashed here, which the kernel does not do.
+    squashed = policy(device, dist=TanhNormal, kwargs={"tanh_loc": True})
+    with set_interaction_type("random"):
+        squashed(observed(device))
+    assert launches == [0, 0]
     # A layer that was replaced is run, not the one that was there before.
     one = policy(device)
     one[0].module[-1] = NormalParamExtractor("exp")
