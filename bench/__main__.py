@@ -50,6 +50,9 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "compiled": Command(
+        "bench.compiled", "compiled calls, upstream beside fastprob, and one ahead of time"
+    ),
     "matrix": Command(
         "bench.matrix",
         "what compiles in one graph and equals eager mode, upstream beside fastprob",
