@@ -302,6 +302,8 @@ def test_the_operator_under_vmap(device):
     assert torch.equal(got[0], score.transpose(0, 1)) and torch.equal(got[1], entropy)
 
 
+# torch 2.13: the first use of forward mode compiles decompositions with torch.jit.script.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_functorchs_gradients(device):
     logits = parameter((4, 6), torch.float32, device, False)
     value = (logits > 1).float()
