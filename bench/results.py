@@ -53,11 +53,8 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {name: _version(name) for name in PACKAGES},
-        "commit": _git("rev-parse", "HEAD"),
-        # Results are written into the checkout, so they do not count as a change of it.
-        "uncommitted_changes": bool(
-            _git("status", "--porcelain", "--", "fastprob", "kernels", "bench/*.py")
-        ),
+        "commit": COMMIT,
+        "uncommitted_changes": CHANGED,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
     }
@@ -107,3 +104,9 @@ def _git(*args: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+# At import: where others work on the checkout, a long run ends on another commit than it measured.
+COMMIT = _git("rev-parse", "HEAD")
+# Results are written into the checkout, so they do not count as a change of it.
+CHANGED = bool(_git("status", "--porcelain", "--", "fastprob", "kernels", "bench/*.py"))
