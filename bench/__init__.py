@@ -3,10 +3,16 @@
 Run from the root of the checkout:
 
     python -m bench             train PPO on Pendulum-v1 with upstream's actor, then fastprob's
-    python -m bench calls       time single module calls, upstream beside fastprob
-    pytest bench --benchmark-only    the same cases under pytest-benchmark
+    python -m bench calls       time single module calls, every provider side by side
+    python -m bench scaling     cost over batch size and over the width of a row
+    python -m bench loops       three training loops, upstream beside fastprob
+    python -m bench kernels     Triton kernels against a copy; without a GPU, their machine code
+    python -m bench gpu         all that needs a GPU, in 8 minutes
+    python -m bench report      write README.md's tables from the result files
+    pytest bench --benchmark-only    the cases of ``calls`` under pytest-benchmark
 
-The way of a figure: ``cases`` (what is measured) -> ``gate`` (is the result right?) ->
-``timing`` (how long does it take?) -> ``calls`` / ``train`` (tables) -> ``results`` (JSON).
+The way of a figure: ``cases`` (what is measured: ``problems`` x ``families`` x ``providers``) ->
+``gate`` (is the result right?) -> ``timing`` (how long does it take?) -> ``calls`` and the other
+commands (tables) -> ``results`` (JSON) -> ``report`` (README.md).
 Importing this package imports neither torch nor matplotlib.
 """

@@ -150,7 +150,7 @@ def forms(
         makers[f"{side} graph"] = lambda side=side: graphed(side)
     if FASTPROB in sides:
         makers[EXPORTED] = lambda: provider(
-            exported(make(FASTPROB), inputs[0], kind), same_draw=False
+            exported(make(FASTPROB), inputs[0], kind), same_draw=True
         )
     return makers
 
