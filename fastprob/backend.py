@@ -18,6 +18,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _log = logging.getLogger("fastprob")
 
@@ -100,6 +101,10 @@ def serves(x: Tensor) -> bool:
     Args:
         x: a parameter, which gives device and dtype.
 
+    Returns:
+        False also inside `torch.func.grad` and its kin and forward-mode differentiation, which see
+        through the formulas of the reference, and through no kernel.
+
     Raises:
         RuntimeError: if the backend is `"triton"` and they cannot, with the reason.
     """
@@ -107,12 +112,20 @@ def serves(x: Tensor) -> bool:
         return False
     reason = _refusal(x)
     if reason is None:
-        return True
+        return torch.compiler.is_compiling() or not _differentiating()
     if mode == "triton":
         raise RuntimeError(f"the backend is 'triton', but the kernels cannot run: {reason}")
     if not torch.compiler.is_compiling():
         _note(reason)
     return False
+
+
+def _differentiating() -> bool:
+    if forward_ad._current_level >= 0:
+        return True
+    levels = torch._C._functorch.get_interpreter_stack() or ()  # type: ignore[attr-defined]
+    vmap = torch._C._functorch.TransformType.Vmap  # type: ignore[attr-defined]
+    return any(level.key() != vmap for level in levels)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprob.reference import philox
+from fastprob.reference._reduce import functorch_level
 
 
 class Counter:
@@ -108,6 +109,13 @@ class CounterStream(nn.Module, Counter):
 
     def take(self) -> Tensor:
         """The state of one draw, an int64 `[2]` of its own; the stream goes on to the next."""
+        if not torch.compiler.is_compiling() and functorch_level() is not None:
+            # A transform forbids writing to a tensor from outside; this one is none of its own.
+            with torch._C._DisableFuncTorch():  # type: ignore[attr-defined]
+                return self._take()
+        return self._take()
+
+    def _take(self) -> Tensor:
         with torch.no_grad():
             taken = self.state.clone()
             self.state[1] += 1

@@ -161,7 +161,7 @@ def entropy(scale: Tensor, ndims: int, memo: dict[str, Any] | None = None) -> Te
     """Differential entropy in nats, `[*batch]`; `memo` as in `log_prob`."""
     if backend.serves(scale):
         found = None if memo is None else memo.get("entropy")
-        if found is not None and found[0] == scale._version:
+        if found is not None and found[0] == scale._version and torch.is_grad_enabled():
             return found[1]
         made = score_given(scale, scale, None, ndims, entropy=True)[1]
         assert made is not None
@@ -308,8 +308,12 @@ class _ScoreGiven(torch.autograd.Function):
 
 
 def _score_and_entropy(loc, scale, value, ndims, memo) -> Any:
-    """The score, and on the way the entropy, which PPO asks the same distribution for next."""
-    if memo is None:
+    """The score, and on the way the entropy, which PPO asks the same distribution for next.
+
+    One node of the graph serves both, so that both are differentiated in one backward pass or not
+    at all, as it is with parameters that a network has made.
+    """
+    if memo is None or not torch.is_grad_enabled() or scale.is_leaf:
         return score_given(loc, scale, value, ndims)[0]
     made, entropies = score_given(loc, scale, value, ndims, entropy=True)
     # A value with more dimensions broadcasts the parameters, and the entropy with them.
