@@ -128,6 +128,12 @@ def _central_quantile(p, q, below, above, mass, FAST: tl.constexpr):
 
 
 @triton.jit
+def _within_reach(a, w, FAST: tl.constexpr):
+    """The way w, cut to where `_quadrature` is finite; it serves none that is cut."""
+    return tl.minimum(w, 2.0 * m.reciprocal(tl.abs(a) + 1.0, FAST))
+
+
+@triton.jit
 def _quadrature(a, w, FAST: tl.constexpr):
     """Gauss and Legendre's quadrature of 4 nodes over u, for elements of a nearly flat density.
 
@@ -138,7 +144,7 @@ def _quadrature(a, w, FAST: tl.constexpr):
         whether it serves, w, one over the mass, and the nodes with the density at each.
     """
     serves = w * (tl.abs(a) + w) < 1.0
-    w = tl.minimum(w, 2.0 * m.reciprocal(tl.abs(a) + 1.0, FAST))
+    w = _within_reach(a, w, FAST)
     u0 = w * 0.06943184420297371
     u1 = w * 0.33000947820757187
     u2 = w * 0.66999052179242813
@@ -148,6 +154,16 @@ def _quadrature(a, w, FAST: tl.constexpr):
     e2 = m.exp(-u2 * (a + 0.5 * u2), FAST) * 0.32607257743127308
     e3 = m.exp(-u3 * (a + 0.5 * u3), FAST) * 0.17392742256872692
     return serves, w, m.reciprocal(e0 + e1 + e2 + e3, FAST), u0, u1, u2, u3, e0, e1, e2, e3
+
+
+@triton.jit
+def _flat(a, w, FAST: tl.constexpr):
+    """By `_quadrature`: whether it serves, the mass below w, and E[u] and E[u (u + 2 a)] there."""
+    serves, w, share, u0, u1, u2, u3, e0, e1, e2, e3 = _quadrature(a, w, FAST)
+    first = e0 * u0 + e1 * u1 + e2 * u2 + e3 * u3
+    second = e0 * u0 * (u0 + 2.0 * a) + e1 * u1 * (u1 + 2.0 * a)
+    second += e2 * u2 * (u2 + 2.0 * a) + e3 * u3 * (u3 + 2.0 * a)
+    return serves, w * m.reciprocal(share, FAST), first * share, second * share
 
 
 @triton.jit
@@ -163,9 +179,8 @@ def _outer(a, w, FAST: tl.constexpr):
     gap = w * (a + 0.5 * w) + m.log1p((w + k_b - k_a) * m.reciprocal(h_a, FAST), FAST)
     gap = tl.minimum(gap, 200.0)
     # k(b) - k(a) has an error of 1e-7, which a short w must not be measured by.
-    flat, near, share, _, _, _, _, _, _, _, _ = _quadrature(a, w, FAST)
-    rest = near * h_a * m.reciprocal(share, FAST)
-    rest = tl.where(flat, rest, -m.expm1(-gap, FAST))
+    flat, mass, _, _ = _flat(a, w, FAST)
+    rest = tl.where(flat, mass * h_a, -m.expm1(-gap, FAST))
     return k_a, h_a, k_b, tl.where(flat, 1.0 - rest, m.exp(-gap, FAST)), rest
 
 
@@ -187,9 +202,10 @@ def _outer_quantile(p, q, a, w, k_a, h_a, r, rest, FAST: tl.constexpr):
     step = (goal - way) * m.reciprocal(a + u + k_z, FAST)
     far = u + step * m.reciprocal(1.0 + 0.5 * step * k_z, FAST)
     # The same from the mass below u, for a density that is nearly flat.
-    flat, _, _, _, _, _, _, _, _, _, _ = _quadrature(a, w, FAST)
-    _, u, share, _, _, _, _, _, _, _, _ = _quadrature(a, u, FAST)
-    step = inside * m.reciprocal(h_a, FAST) - u * m.reciprocal(share, FAST)
+    flat, _, _, _ = _flat(a, w, FAST)
+    u = _within_reach(a, u, FAST)
+    _, mass, _, _ = _flat(a, u, FAST)
+    step = inside * m.reciprocal(h_a, FAST) - mass
     step = step * m.exp(u * (a + 0.5 * u), FAST)
     near = u + step * m.reciprocal(1.0 - 0.5 * step * (a + u), FAST)
     return tl.minimum(tl.maximum(tl.where(flat, near, far), 0.0), w)
@@ -205,13 +221,15 @@ def _outer_slopes(p, q, a, w, u, k_a, h_a, k_b, r, FAST: tl.constexpr):
     # The hazard at z less those at the bounds, each without what cancels.
     by_loc = (q * share * (u + k_z - k_a) - of_b * (w - u + k_b - k_z)) * h_z
     at_b = of_b * (a + w + k_b) * h_z
-    flat, near, _, _, _, _, _, _, _, _, _ = _quadrature(a, w, FAST)
-    inner = tl.minimum(u, near)
-    rise = inner * (a + 0.5 * inner)
-    fall = rise - near * (a + 0.5 * near)
-    by_loc = tl.where(flat, -q * m.expm1(rise, FAST) - p * m.expm1(fall, FAST), by_loc)
-    at_b = tl.where(flat, p * m.exp(fall, FAST), at_b)
-    return by_loc, u + a * by_loc - w * at_b
+    by_scale = u + a * by_loc - w * at_b
+    # Of a density that is nearly flat only little is left of all this. There the mass below u, over
+    # the density at u, times how much the means below w exceed those below u.
+    flat, _, first, second = _flat(a, w, FAST)
+    u = _within_reach(a, u, FAST)
+    _, mass, first_below, second_below = _flat(a, u, FAST)
+    mass = mass * m.exp(u * (a + 0.5 * u), FAST)
+    by_loc = tl.where(flat, mass * (first - first_below), by_loc)
+    return by_loc, tl.where(flat, mass * (second - second_below), by_scale)
 
 
 @triton.jit
@@ -222,12 +240,8 @@ def _outer_moments(a, w, k_a, k_b, r, rest, FAST: tl.constexpr):
     first = (k_a - r * (w + k_b)) * inverse
     lift = w * (2.0 * a + w) + b * k_b - a * k_a
     second = 1.0 + a * k_a - r * lift * inverse
-    flat, _, share, u0, u1, u2, u3, e0, e1, e2, e3 = _quadrature(a, w, FAST)
-    sums = e0 * u0 + e1 * u1 + e2 * u2 + e3 * u3
-    first = tl.where(flat, sums * share, first)
-    sums = e0 * u0 * (u0 + 2.0 * a) + e1 * u1 * (u1 + 2.0 * a)
-    sums += e2 * u2 * (u2 + 2.0 * a) + e3 * u3 * (u3 + 2.0 * a)
-    return first, tl.where(flat, sums * share, second)
+    flat, _, flat_first, flat_second = _flat(a, w, FAST)
+    return tl.where(flat, flat_first, first), tl.where(flat, flat_second, second)
 
 
 @triton.jit

@@ -734,7 +734,7 @@ register(
         len(sample) if score else None,
         None,
     ),
-    random=True,
+    random=lambda *args: args[8] == RANDOM,
 )
 register(
     "truncated_normal_score_backward",
