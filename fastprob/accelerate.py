@@ -338,6 +338,7 @@ def _switch_head(module: Any, now: type) -> None:
     module._stream = None
     if generator is not None or key is not None:
         module._stream = Stream(generator=generator, key=key)
+        module._saves_stream = False
     if module.num_samples is not None:
         module.num_samples = torch.Size(module.num_samples)
     if isinstance(module, SafeProbabilisticModule):

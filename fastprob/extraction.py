@@ -97,7 +97,8 @@ class Extraction:
         extractor: Any = _extractor(module.module)
         raw: Any = inputs
         if extractor is not module.module:
-            for layer in list(module.module)[:-1]:
+            layers: Any = module.module
+            for layer in list(layers)[:-1]:
                 raw = layer(*raw) if isinstance(raw, (list, tuple)) else layer(raw)
         if isinstance(raw, (list, tuple)) and len(raw) == 1:
             (raw,) = raw

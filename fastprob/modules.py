@@ -111,6 +111,9 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
     # The straight call of this configuration, or None; worked out at the first call.
     _straight: Straight | None = _UNSET
 
+    # Whether a stream's state is part of the state_dict; not where it keeps upstream's keys.
+    _saves_stream: bool = True
+
     _build: Callable[..., Any]  # what distribution_class resolves to
 
     def __init__(
@@ -267,7 +270,8 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
     # Not by get_extra_state, which would give every module an entry that upstream's has not.
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        state = None if self._stream is None else self._stream.state()
+        stream = self._stream if self._saves_stream else None
+        state = None if stream is None else stream.state()
         if state is not None:
             destination[prefix + _STATE_KEY] = state
 
