@@ -113,11 +113,14 @@ def _at(first, r, k, rows, row_stride, column_stride, A: tl.constexpr, LAYOUT: t
 
 @triton.jit
 def _load(
-    ptr, first, total_rows, rows, row_stride, column_stride, other,
+    ptr, first, total_rows, rows, row_stride, column_stride, other, past,
     A: tl.constexpr, COUNT: tl.constexpr, REP: tl.constexpr, ROWS: tl.constexpr,
     LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """A tile `[REP, ROWS, LANES]` of the rows from `first` on, in fp32; `other` outside a row."""
+    """A tile `[REP, ROWS, LANES]` of the rows from `first` on, in fp32.
+
+    `other` stands outside a row, and `past` in the rows past the end where they are GATHER.
+    """
     k, inside = _columns(A, REP, LANES, PIECE)
     r = tl.arange(0, ROWS)[None, :, None]
     if PIECE > 0:
@@ -129,12 +132,12 @@ def _load(
         # leaves the rows of the next tile to it, where less than COUNT elements are a tile's own.
         if start + COUNT <= end:
             x = tile.load(
-                ptr, start, i, i < NEEDED, 0.0, rows, row_stride, column_stride,
+                ptr, start, i, i < NEEDED, past, rows, row_stride, column_stride,
                 A, COUNT, LAYOUT, NEEDED >= COUNT,
             )  # fmt: skip
         else:
             x = tile.load(
-                ptr, start, i, i < (end - start).to(tl.int32), 0.0, rows,
+                ptr, start, i, i < (end - start).to(tl.int32), past, rows,
                 row_stride, column_stride, A, COUNT, LAYOUT, False,
             )  # fmt: skip
         # COUNT has room for what the last lane of the last row reads past its end.
@@ -196,8 +199,19 @@ def _over(x):
 
 
 @triton.jit
-def _highest(x):
-    return tl.max(tl.max(x, 0, keep_dims=True), 2, keep_dims=True)
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _highest(x, FAST: tl.constexpr):
+    """The largest of each row, NaN where one of it is: `tl.max` passes it over."""
+    if FAST:
+        return tl.reduce(tl.reduce(x, 0, _larger, keep_dims=True), 2, _larger, keep_dims=True)
+    else:
+        # The interpreter goes through a reduction of one's own element by element.
+        top = tl.max(tl.max(x, 0, keep_dims=True), 2, keep_dims=True)
+        return top + _over(tl.where(x != x, x, 0.0))
 
 
 @triton.jit
@@ -314,11 +328,11 @@ def _load_given(
     """A tile of logits, -inf where masked, or of weights."""
     x = _load(
         given, first, total_rows, rows, given_row, given_column,
-        0.0 if PROBS else float("-inf"), A, COUNT, REP, ROWS, LANES, PIECE, OWN, GIVEN,
+        0.0 if PROBS else float("-inf"), 1.0, A, COUNT, REP, ROWS, LANES, PIECE, OWN, GIVEN,
     )  # fmt: skip
     if MASK >= 0:
         allowed = _load(
-            mask, first, total_rows, rows, mask_row, mask_column, 0.0,
+            mask, first, total_rows, rows, mask_row, mask_column, 0.0, 1.0,
             A, COUNT, REP, ROWS, LANES, PIECE, OWN, MASK,
         )  # fmt: skip
         x = _masked(x, allowed)
@@ -377,7 +391,7 @@ def _draw_rows(
     e = x
     d = x
     if not PROBS:
-        top = _highest(x)
+        top = _highest(x, FAST)
         d = x - top
         e = m.exp(d, FAST)
     e = _padded(e, REP, LANES, PIECE, A)
@@ -410,11 +424,14 @@ def _draw_rows(
         total = _over(e)
         chosen = tl.zeros(total.shape, tl.int32)
         if KIND == MODE:
-            hit = (x == _highest(x)) & inside
+            hit = (x == _highest(x, FAST)) & inside
             chosen = tl.where(hit, k, A - 1)
             chosen = tl.min(tl.min(chosen, 0, keep_dims=True), 2, keep_dims=True)
     # In range whatever the parameters are, for the read below.
     chosen = tl.minimum(tl.maximum(chosen, 0), A - 1)
+    if PROBS:
+        # The search has passed a NaN over; of logits the largest has it.
+        total = _over(e)
     inverse = m.reciprocal(total, FAST)
     log_sum = m.log(total, FAST)
     if INDEX:
@@ -674,7 +691,7 @@ def _score_rows(
     e = x
     d = x
     if not PROBS:
-        top = _highest(x)
+        top = _highest(x, FAST)
         d = x - top
         e = m.exp(d, FAST)
     e = _padded(e, REP, LANES, PIECE, A)
@@ -684,10 +701,10 @@ def _score_rows(
     if SCORE:
         if HOT:
             y = _load(
-                value, first, total_rows, rows, value_row, value_column, float("-inf"),
+                value, first, total_rows, rows, value_row, value_column, float("-inf"), 0.0,
                 A, COUNT, REP, ROWS, LANES, PIECE, OWN, VALUE,
             )  # fmt: skip
-            chosen = tl.where((y == _highest(y)) & inside, k, A - 1)
+            chosen = tl.where((y == _highest(y, FAST)) & inside, k, A - 1)
             chosen = tl.min(tl.min(chosen, 0, keep_dims=True), 2, keep_dims=True)
             real = chosen >= 0
             if INDEX:
@@ -856,7 +873,7 @@ def _backward_rows(
     chosen = 0
     if BY_VALUE == PROBS_VALUE:
         by_value = _load(
-            grad_value, first, total_rows, rows, value_row, value_column, 0.0,
+            grad_value, first, total_rows, rows, value_row, value_column, 0.0, 0.0,
             A, COUNT, REP, ROWS, LANES, PIECE, OWN, VALUE,
         )  # fmt: skip
     if BY_VALUE == MEAN_INDEX:
@@ -884,7 +901,7 @@ def _backward_rows(
         rate = _rate(q, k, chosen, by_value, by_score, by_entropy, BY_SCORE, BY_ENTROPY, EPS, FAST)
         slope = (rate - _over(_padded(q * rate, REP, LANES, PIECE, A))) * inverse
     else:
-        d = x - _highest(x)
+        d = x - _highest(x, FAST)
         e = _padded(m.exp(d, FAST), REP, LANES, PIECE, A)
         p = e * m.reciprocal(_over(e), FAST)
         mean = 0.0

@@ -134,9 +134,11 @@ class _CategoricalBase(Fused):
 
     def _memo(self) -> dict[str, Any] | None:
         """What a score keeps for the entropy, which a loss with gradients asks for next."""
+        if torch.compiler.is_compiling():
+            return None
         given = self._parameters()[0]
         # A leaf may be asked for two backward passes, which one node for both would not survive.
-        if given.grad_fn is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if given.grad_fn is None or not torch.is_grad_enabled():
             return None
         memo = self.__dict__.get("_shared")
         if memo is None or memo["of"] is not given:

@@ -99,7 +99,7 @@ def draw(
     random = kind == RANDOM
     if not plain_eager():
         state = _random.device_pair(given, generator) if random and generator is not None else None
-        index, made, scores, entropies = torch.ops.fastprob.categorical_draw(
+        made, scores, entropies, index = torch.ops.fastprob.categorical_draw(
             given, mask, state, list(shape), from_probs, kind, value, pathwise, score, entropy
         )
         return (
@@ -329,7 +329,7 @@ def _draw_op(given, mask, state, sample, from_probs, kind, value, pathwise, scor
         scores, entropies = reference.score_and_entropy(
             given, mask, index if score else None, from_probs, entropy
         )
-    return index, wanted(made, given), wanted(scores, given), wanted(entropies, given)
+    return wanted(made, given), wanted(scores, given), wanted(entropies, given), index
 
 
 def _draw_fake(given, mask, state, sample, from_probs, kind, value, pathwise, score, entropy):
@@ -337,10 +337,10 @@ def _draw_fake(given, mask, state, sample, from_probs, kind, value, pathwise, sc
     size = (*sample, *batch)
     full = size if value == MEAN_INDEX else (*size, given.shape[-1])
     return (
-        given.new_empty(size, dtype=torch.int64),
         given.new_empty(full, dtype=_dtype_of(given, value, pathwise)) if value else nothing(given),
         given.new_empty(size) if score else nothing(given),
         given.new_empty(batch) if entropy else nothing(given),
+        given.new_empty(size, dtype=torch.int64),
     )
 
 
@@ -348,10 +348,10 @@ def _draw_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     given, mask, _, ctx.sample, ctx.from_probs, _, ctx.value, ctx.pathwise, *flags = inputs
     ctx.score, ctx.entropy = flags
-    ctx.save_for_backward(given, mask, output[0])
+    ctx.save_for_backward(given, mask, output[3])
 
 
-def _draw_gradient(ctx, _, grad_value, grad_score, grad_entropy):
+def _draw_gradient(ctx, grad_value, grad_score, grad_entropy, _):
     given, mask, index = ctx.saved_tensors
     grad = torch.ops.fastprob.categorical_backward(
         grad_value if _differentiable(ctx.value, ctx.pathwise) else None,
@@ -467,10 +467,10 @@ register(
     backward=_draw_gradient,
     batched=(0, 1),
     out_dims=lambda given, mask, state, sample, probs, kind, value, pathwise, score, entropy: (
-        len(sample),
         len(sample) if value else None,
         len(sample) if score else None,
         0 if entropy else None,
+        len(sample),
     ),
     random=True,
 )
