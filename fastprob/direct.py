@@ -22,7 +22,7 @@ from fastprob.interaction import current_type
 from fastprob.io import skips_existing
 from fastprob.keys import aggregate_mode
 from fastprob.reference._chunks import PIECE
-from fastprob.reference._reduce import functorch_level, kept_vectors, vectors
+from fastprob.reference._reduce import WIDEST, functorch_level, kept_vectors, vectors
 from fastprob.reference.normal import HALF_LOG_2PI
 
 _grad_enabled = torch.is_grad_enabled
@@ -103,6 +103,7 @@ class Straight:
         if (
             rows == 0  # a product with no rows has the shape of its offset
             or n == 0
+            or n > WIDEST
             or rows * n >= 2 * PIECE
             or (batch_size and batch_size != shape[:1])
             or (device is not None and device.type != "cpu")

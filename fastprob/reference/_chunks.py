@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fastprob.reference._reduce import event_numel, plain_tensors_only
+from fastprob.reference._reduce import WIDEST, event_numel, plain_tensors_only
 
 PIECE = 262_144
 _GROUP = 16
@@ -48,6 +48,8 @@ def rows_per_piece(loc: Tensor, scale: Tensor, ndims: int) -> int:
     # ATen splits an operation over the threads: each gets a piece of its own.
     piece = PIECE * torch.get_num_threads()
     n = event_numel(loc.shape, ndims)
+    if n > WIDEST:
+        return 0
     rows = piece // n // _GROUP * _GROUP
     # A last piece of fewer than sixteen elements would be drawn by another rule.
     if rows == 0 or numel < 2 * piece or 0 < numel % (rows * n) < _GROUP:

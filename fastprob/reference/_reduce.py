@@ -15,6 +15,10 @@ _is_compiling = torch.compiler.is_compiling
 # What functorch's innermost transform is, None outside of any.
 functorch_level = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
 
+# Beyond it `sum(-1)` is faster (1.3 times at 1024), and keeps the digits that a running sum loses:
+# at 32,768 elements 1.2e-7 relative in place of 2.2e-6.
+WIDEST = 256
+
 kept_vectors: dict[tuple, tuple[Tensor, Tensor]] = {}
 # BLAS covers these two; half precisions are summed by ATen, which accumulates them in fp32.
 _BLAS_DTYPES = (torch.float32, torch.float64)
@@ -89,7 +93,7 @@ def affine_sum(x: Tensor, ndims: int, bias: float, alpha: int, plain: bool | Non
     if plain is None:
         plain = plain_tensors_only()
     # numel: addmv of no rows takes the shape of the offset.
-    if plain and x.numel() and x.is_cpu and x.dtype in _BLAS_DTYPES:
+    if plain and n <= WIDEST and x.numel() and x.is_cpu and x.dtype in _BLAS_DTYPES:
         key = (n, bias, alpha, x.dtype)
         offset, weights = kept_vectors.get(key) or vectors(*key)
         if len(shape) == 2 and ndims == 1:
