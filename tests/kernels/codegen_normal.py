@@ -38,6 +38,11 @@ def tiling(grid: Grid, a: int) -> dict[str, int | bool]:
     }  # fmt: skip
 
 
+def columns(flags: dict[str, int]) -> dict[str, int]:
+    """The column strides of strided parameters: 1 is a constant to Triton, or no vector is read."""
+    return {"loc_column": 1, "scale_column": 1} if flags.get("LOC") == 6 else {}
+
+
 def _size(dtype: str) -> int:
     return 4 if dtype == "fp32" else 2
 
@@ -50,7 +55,7 @@ def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = Fals
     }  # fmt: skip
     constants = {
         **tiling(grid, a), "LOC": 0, "SCALE": 0, **given, "HOST": not given["RANDOM"],
-        "ADVANCE": given["RANDOM"], "FAST": True, "seed": None, "call": None,
+        "ADVANCE": given["RANDOM"], "FAST": True, "seed": None, "call": None, **columns(flags),
     }  # fmt: skip
     wanted = {
         "score": given["SCORE"], "entropy": given["ENTROPY"], "used": given["KEEP"],
@@ -81,6 +86,7 @@ def draw_backward(
         "BY_VALUE": True, "BY_SCORE": True, "BY_ENTROPY": False, "CLAMP": 1, "FAST": True,
         "grad_entropy": None, "low": None, "high": None, "MAP": 0, "MAPPED": -1, "OUT": 0,
         **({} if mapping else dict.fromkeys(("bias", "least", "floor"), None)), **flags,
+        **columns(flags),
     }  # fmt: skip
     name = "-".join([f"draw-backward-{a}-{dtype}", *(f"{k}={v}" for k, v in flags.items())])
     return Case(

@@ -46,6 +46,9 @@ def _extracted(kernel: Any, wanted: bool) -> dict[str, Any]:
     layout = {"MAP": 1, "LOC": 6, "SCALE": 6} if wanted else {"MAP": 0, "LOC": 0, "SCALE": 0}
     if "OUT" in kernel.arg_names:
         layout |= {"MAPPED": -1, "OUT": 6 if wanted else 0}
+    if wanted:
+        # A stride of 1 is a constant to Triton, or no load would be of a vector.
+        layout |= {"loc_column": 1, "scale_column": 1}
     numbers = dict.fromkeys(("bias", "least", "floor", "mapped"), wanted)
     return {**layout, **_none(kernel, numbers)}
 
@@ -158,7 +161,7 @@ CASES = [
     draw_backward(8, "fp32", 105, extracted=True),
     draw_backward(8, "bf16", 70, span=1, clamp=1),
     draw_backward(17, "fp32", 62),
-    score(8, "fp32", 32, everywhere=True),
-    score(17, "bf16", 42, span=1),
-    score_backward(8, "fp32", 41, to_value=True, everywhere=True),
+    score(8, "fp32", 36, everywhere=True),
+    score(17, "bf16", 51, span=1),
+    score_backward(8, "fp32", 45, to_value=True, everywhere=True),
 ]

@@ -31,7 +31,10 @@ def _size(dtype: str) -> int:
 
 def _limits(kernel: Any, tensors: bool, clamp: int, **wanted: bool) -> dict[str, Any]:
     """The bounds, numbers or tensors `[A]` that the batch repeats, and what a case leaves out."""
-    layout = {"LOW": 6, "HIGH": 6} if tensors else {"LOW": -1, "HIGH": -1}
+    layout = {"LOW": -1, "HIGH": -1}
+    if tensors:
+        # A stride of 1 is a constant to Triton, or no load would be of a vector.
+        layout = {"LOW": 6, "HIGH": 6, "low_column": 1, "high_column": 1}
     wanted = {
         **wanted, "low": tensors, "high": tensors, "lo": not tensors, "hi": not tensors,
         "clamp_lo": clamp == 1, "clamp_hi": clamp == 1, "clamp_low": False, "clamp_high": False,
@@ -68,7 +71,7 @@ def draw(
     return Case(
         name, kernel, _types(dtype), constants, WARPS * grid.warps,
         grid.count if grid.wide else grid.tile,
-        (3 + (1 + entropy) / a) * _size(dtype), slots, vectors=not tensors and not grid.wide,
+        (3 + (1 + entropy) / a) * _size(dtype), slots, vectors=not grid.wide,
         everywhere=everywhere,
     )  # fmt: skip
 
