@@ -314,7 +314,7 @@ def _unit(
         value, start, i, inside, 0.0, rows, value_row, value_column, A, COUNT, VALUE, WHOLE
     )
     if SPAN:
-        y = (y - middle) * m.reciprocal(width, FAST)
+        y = m.divide(y - middle, width, FAST)
         if not WHOLE:
             y = tl.where(inside, y, 0.0)
     return y
@@ -340,7 +340,7 @@ def _score_tile(
         A, COUNT, VALUE, SPAN, WHOLE, FAST,
     )  # fmt: skip
     y = tile.clamp(y, -LIMIT, LIMIT)
-    z = (m.atanh(y, FAST) - mu) * m.reciprocal(sigma, FAST)
+    z = m.divide(m.atanh(y, FAST) - mu, sigma, FAST)
     inner = sigma * ((1.0 - y) * (1.0 + y))
     if SPAN == 2:
         inner = inner * width
@@ -419,7 +419,7 @@ def _score_backward_tile(
     )  # fmt: skip
     y = tile.clamp(given, -LIMIT, LIMIT)
     inverse = m.reciprocal(sigma, FAST)
-    z = (m.atanh(y, FAST) - mu) * inverse
+    z = m.divide(m.atanh(y, FAST) - mu, sigma, FAST)
     by_row = tile.of_rows(grad_score, start, i, inside, A, COUNT, WHOLE)
     rate = by_row * inverse
     tile.store(grad_loc, start, rate * z, i, inside, COUNT, COUNT, WHOLE)

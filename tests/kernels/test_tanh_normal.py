@@ -23,7 +23,7 @@ from fastprob.specs import Bounded
 from tests.kernels.accuracy import DTYPES, SIZES, Errors
 
 SEED = 23
-# Elements of a gradient: the largest of few errors says little of either side.
+# Elements of a gradient.
 ELEMENTS = 400
 NONE = torch.Size()
 
@@ -105,8 +105,9 @@ def noise_of(state, shape, dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_draws_and_scores(dtype, device):
+    # Of all sizes together: the largest of few errors says little of either side.
+    errors = Errors()
     for a in SIZES:
-        errors = Errors()
         kinds = itertools.cycle(
             zip(intervals(a, dtype, device) * 2, clamps(a, device)[::-1] * 2, strict=True)
         )
@@ -130,15 +131,16 @@ def test_draws_and_scores(dtype, device):
                 errors.add("value", got[0], own[0], truth[0])
                 # Its terms cancel.
                 size = (loc.double().abs() * 2 + 2).sum(-1)
-                errors.add("score", got[1], own[1], truth[1], size)
-        errors.check()
+                errors.add(f"score {a}", got[1], own[1], truth[1], size)
+    errors.check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_draws(dtype, device):
     limit = torch.tensor(reference.limit(dtype), dtype=dtype).item()
+    # Of all sizes together: the largest of few errors says little of either side.
+    errors = Errors()
     for a, sample in [*((a, NONE) for a in SIZES), (3, torch.Size((3,)))]:
-        errors = Errors()
         rows = ELEMENTS // a
         loc, scale = parameters((rows, a), dtype, device)
         weights = [
@@ -163,14 +165,15 @@ def test_gradients_of_draws(dtype, device):
                 )
                 for name, g, o, t in zip(("loc", "scale"), got, own, truth, strict=True):
                     errors.add(name, g, o, t)
-        errors.check()
+    errors.check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_of_given_values_and_their_gradients(dtype, device):
     limit = torch.tensor(reference.limit(dtype), dtype=dtype).item()
+    # Of all sizes together: the largest of few errors says little of either side.
+    errors = Errors()
     for a in SIZES:
-        errors = Errors()
         rows = ELEMENTS // a
         for sample, bounds in zip(((2,), (), ()), intervals(a, dtype, device), strict=True):
             bounds = bounds._replace(safe=a % 2 == 0)
@@ -193,13 +196,13 @@ def test_scores_of_given_values_and_their_gradients(dtype, device):
             tensors = loc, scale, value
             wide = [t.double() for t in tensors]
             got = kernels.score(*tensors, bounds, 1)
-            errors.add("score", got, score(*tensors)[0], score(*wide)[0])
+            errors.add(f"score {a}", got, score(*tensors)[0], score(*wide)[0])
             got = kernels.score_backward(weight, *tensors, bounds, 1, to_value=True)
             own = gradients(score, tensors, [weight])
             truth = gradients(score, wide, [weight.double()])
             for name, g, o, t in zip(("loc", "scale", "value"), got, own, truth, strict=True):
                 errors.add(name, g, o, t)
-        errors.check()
+    errors.check()
 
 
 def test_values_at_and_beyond_the_bounds_are_scored_just_inside(device):

@@ -22,7 +22,7 @@ from fastprob.specs import Bounded
 from tests.kernels.accuracy import DTYPES, SIZES, Errors
 
 SEED = 24
-# Elements of a gradient: the largest of few errors says little of either side.
+# Elements of a gradient.
 ELEMENTS = 400
 NONE = torch.Size()
 
@@ -102,8 +102,9 @@ def finite(own, truth):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_draws_scores_and_entropies(dtype, device):
+    # Of all sizes together: the largest of few errors says little of either side.
+    errors = Errors()
     for a in SIZES:
-        errors = Errors()
         for call, batch in enumerate(((), (5,), (ELEMENTS // a,))):
             loc, scale = parameters((*batch, a), dtype, device)
             states = None, pair(device, call)
@@ -123,14 +124,15 @@ def test_draws_scores_and_entropies(dtype, device):
                 for name, sums, g, o, t in zip(
                     ("value", "score", "entropy"), (None, size, size), got, own, truth, strict=False
                 ):
-                    errors.add(name, g, o, t, sums)
-        errors.check()
+                    errors.add(name if sums is None else f"{name} {a}", g, o, t, sums)
+    errors.check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_draws(dtype, device):
+    # Of all sizes together: the largest of few errors says little of either side.
+    errors = Errors()
     for a, sample in [*((a, NONE) for a in SIZES), (3, torch.Size((3,)))]:
-        errors = Errors()
         rows = ELEMENTS // a
         loc, scale = parameters((rows, a), dtype, device)
         weights = [
@@ -156,13 +158,17 @@ def test_gradients_of_draws(dtype, device):
             )  # fmt: skip
             for name, g, o, t in zip(("loc", "scale"), got, own, truth, strict=True):
                 errors.add(name, g, finite(o, t), t)
-        errors.check()
+                if dtype is torch.float32:
+                    # PyTorch's own gradients are off by 1e-2 and more.
+                    torch.testing.assert_close(g.double(), t, rtol=1e-4, atol=1e-4)
+    errors.check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scores_of_given_values_and_their_gradients(dtype, device):
+    # Of all sizes together: the largest of few errors says little of either side.
+    errors = Errors()
     for a, sample in [*((a, NONE) for a in SIZES), (3, torch.Size((2,)))]:
-        errors = Errors()
         rows = ELEMENTS // a
         for low, high in intervals((rows, a), dtype, device):
             loc, scale = parameters((rows, a), dtype, device)
@@ -186,7 +192,7 @@ def test_scores_of_given_values_and_their_gradients(dtype, device):
             for name, g, o, t in zip(
                 ("score", "entropy"), got, plainly(*tensors), truth, strict=True
             ):
-                errors.add(name, g, finite(o, t), t, size)
+                errors.add(f"{name} {a}", g, finite(o, t), t, size)
             got = kernels.score_backward(
                 *weights, loc, scale, low, high, value, got[0], 1, to_value=True
             )
@@ -194,7 +200,10 @@ def test_scores_of_given_values_and_their_gradients(dtype, device):
             truth = gradients(truly, wide(*tensors), wide(*weights))
             for name, g, o, t in zip(("loc", "scale", "value"), got, own, truth, strict=True):
                 errors.add(name, g, finite(o, t), t)
-        errors.check()
+                if dtype is torch.float32:
+                    # PyTorch's own gradients are off by 1e-2 and more.
+                    torch.testing.assert_close(g.double(), t, rtol=1e-4, atol=1e-4)
+    errors.check()
 
 
 # Bounds in both tails, to either side alone, close together, and none at all, in units of a scale
