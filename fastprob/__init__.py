@@ -61,3 +61,7 @@ def __getattr__(name: str) -> _Any:
 
     value = globals()[name] = getattr(graphs, name)
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

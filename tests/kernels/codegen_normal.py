@@ -107,6 +107,8 @@ def score(
     return Case(
         name, normal.score_kernel, types(dtype), constants, grid.warps, grid.tile,
         (3 + (1 + entropy) / a) * _size(dtype), slots, everywhere=everywhere,
+        # Three loads of a tile, and sums of its rows alone to store.
+        accesses=(3 * grid.count * _size(dtype) // (32 * grid.warps) // 16, 0),
     )  # fmt: skip
 
 
