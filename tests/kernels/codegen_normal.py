@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastprob.kernels import normal
 from fastprob.kernels._launch import FLAT_TILE, Grid, forward_grid
 from tests.kernels.machine import Case
@@ -126,10 +128,20 @@ def score_backward(
     )  # fmt: skip
 
 
+def from_host(case: Case) -> Case:
+    """A draw whose seed and number are two numbers of the host, as torch's generators give them."""
+    changed = {"HOST": True, "ADVANCE": False, "state": None, "ticket": None}
+    constants = {k: v for k, v in case.constants.items() if k not in ("seed", "call")}
+    return replace(case, name=f"{case.name}-host", constants={**constants, **changed})
+
+
 # KERNELS.md's limits: 35 for a draw, 47 where A is no power of two, 17 for a score, 37 backward.
 CASES = [
     draw(8, "fp32", 35, everywhere=True),
     draw(8, "bf16", 40),
+    from_host(draw(8, "fp32", 35)),
+    # Parameters that begin anew for each sample, of rows that lie apart.
+    draw(8, "fp32", 47, LOC=1, SCALE=3),
     draw(8, "fp32", 40, CLAMP=1, KEEP=True),
     draw(8, "fp32", 40, CLAMP=2),
     draw(8, "fp32", 9, RANDOM=False),
