@@ -397,7 +397,7 @@ register(
         0 if entropy else None,
         None,
     ),
-    random=True,
+    random=lambda given, from_probs, state, sample, ndims, random, *_: random,
 )
 register(
     "bernoulli_score_backward",

@@ -472,7 +472,7 @@ register(
         0 if entropy else None,
         len(sample),
     ),
-    random=True,
+    random=lambda given, mask, state, sample, from_probs, kind, *_: kind == RANDOM,
 )
 register(
     "categorical_score",

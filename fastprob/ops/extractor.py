@@ -268,5 +268,5 @@ register(
     backward=_draw_gradient,
     batched=(0,),
     out_dims=lambda raw, state, random, score, *_: (0, 0 if score else None, 0, None),
-    random=True,
+    random=lambda raw, state, random, *_: random,
 )

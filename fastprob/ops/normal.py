@@ -503,7 +503,7 @@ register(
         0 if entropy else None,
         None,
     ),
-    random=True,
+    random=lambda loc, scale, state, sample, ndims, random, *_: random,
 )
 register(
     "normal_score_backward",

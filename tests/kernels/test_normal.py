@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from fastprob import backend, set_interaction_type
+from fastprob import InteractionType, backend, set_interaction_type
 from fastprob.counter import CounterStream
 from fastprob.distributions.normal import IndependentNormal, Normal
 from fastprob.kernels import normal as kernels
@@ -313,6 +313,11 @@ def test_vmap(device):
     assert torch.equal(value[0], value[3]) and torch.equal(score[0], score[3])
     with pytest.raises(RuntimeError, match="randomness"):
         torch.vmap(lambda m, s: IndependentNormal(m, s).rsample())(loc, scale)
+    # What is not drawn asks for no randomness.
+    point = torch.vmap(lambda m, s: IndependentNormal(m, s).take(InteractionType.MODE, score=True))
+    value, score = point(loc, scale)
+    assert torch.equal(value, loc)
+    torch.testing.assert_close(score, IndependentNormal(loc, scale).log_prob(loc))
 
 
 def test_compiled_equals_eager(device):
