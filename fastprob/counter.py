@@ -64,9 +64,10 @@ class SeedCounter(Counter):
 class CounterStream(nn.Module, Counter):
     """A stream of Philox4x32-10, whose state is a tensor on the device of the draws.
 
-    Draws are the same on a CPU and a GPU within rounding, and the same eager, compiled and in a
-    replayed CUDA graph. The state moves with `.to` and is saved in `state_dict`, so that a run that
-    was stopped continues bit by bit. Pass one as `generator=`.
+    Draws are the same from PyTorch and from the kernels within rounding, and the same eager and
+    compiled; the kernels advance the state on the device, so that a replayed CUDA graph draws
+    afresh. The state moves with `.to` and is saved in `state_dict`, so that a run that was stopped
+    continues bit by bit. Pass one as `generator=`.
 
     Args:
         seed: any int of 64 bits, signed or not.

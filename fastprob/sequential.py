@@ -98,7 +98,9 @@ class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequent
             else:
                 sample = False
             plan = self.__dict__["_plan_made"] = (modules, sample)
-            self.__dict__["_extraction"] = Extraction.of(modules)
+            # A subclass that gives the parameters in its own way is asked for them.
+            own = type(self).get_dist_params is ProbabilisticTensorDictSequential.get_dist_params
+            self.__dict__["_extraction"] = Extraction.of(modules) if own else None
         return plan
 
     @property

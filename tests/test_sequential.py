@@ -784,3 +784,21 @@ def test_compiled_without_a_break(kind):
         torch.manual_seed(5)
         results.append(call(td.copy()))
     assert_same(results[1], results[0])
+
+
+def test_an_overridden_get_dist_params_is_asked_in_front_of_an_extractor():
+    class Louder(fp.ProbabilisticTensorDictSequential):
+        def get_dist_params(self, tensordict, tensordict_out=None, **kwargs):
+            params = super().get_dist_params(tensordict, tensordict_out, **kwargs)
+            return params.set("loc", params["loc"] + 100.0)
+
+    network = tdnn.TensorDictModule(
+        nn.Sequential(nn.Linear(3, 4), tdnn.NormalParamExtractor()),
+        ["observation"],
+        ["loc", "scale"],
+    )
+    head = fp.ProbabilisticTensorDictModule(
+        ["loc", "scale"], ["action"], distribution_class=torch.distributions.Normal
+    )
+    td = TensorDict(observation=torch.zeros(5, 3), batch_size=[5])
+    assert Louder(network, head)(td)["action"].min() > 50
