@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from fastprob.kernels import _categorical_rows as rows
 from fastprob.kernels import categorical as kernels
 from tests.kernels.machine import Case
 
 ROWS = 1 << 22
-RANDOM, MEDIAN, MODE = kernels.RANDOM.value, kernels.MEDIAN.value, kernels.MODE.value
-ONE_HOT, PROBS_VALUE = kernels.ONE_HOT.value, kernels.PROBS_VALUE.value
+RANDOM, MEDIAN, MODE = rows.RANDOM.value, rows.MEDIAN.value, rows.MODE.value
+ONE_HOT, PROBS_VALUE = rows.ONE_HOT.value, rows.PROBS_VALUE.value
 
 
 def _types(dtype: str, value: str = "i64") -> dict[str, str]:
