@@ -313,11 +313,7 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             TypeError: if the keywords do not match the distribution's.
         """
         kwargs: dict[Any, Any] = {}
-        direct: Any = (
-            tensordict._tensordict
-            if type(tensordict) is TensorDict and not torch.compiler.is_compiling()
-            else None
-        )
+        direct: Any = tensordict._tensordict if type(tensordict) is TensorDict else None
         for keyword, key in zip(self.dist_keys, self.in_keys, strict=True):
             value = None if direct is None else direct.get(key)
             if not isinstance(value, Tensor):

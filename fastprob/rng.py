@@ -29,6 +29,7 @@ from tensordict.tensorclass import is_non_tensor
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from fastprob import lowering
 from fastprob.counter import Counter, CounterStream, SeedCounter
 from fastprob.reference import philox
 
@@ -354,8 +355,12 @@ def register_draw(name: str, arguments: str, impl: Any, fake: Any) -> None:
     def fake_state(*args):
         return fake(*args[:-1]), torch.empty_like(args[-1])
 
+    def fake_default(*args):
+        lowering.offer(getattr(_ops, name).default)
+        return fake(*args[:-1])
+
     token = "Tensor(a!) token"
-    _register(f"{name}({arguments}, {token}) -> Tensor", default, lambda *a: fake(*a[:-1]), seeded)
+    _register(f"{name}({arguments}, {token}) -> Tensor", default, fake_default, seeded)
     _register(
         f"{name}.source({arguments}, Tensor handle, {token}) -> Tensor",
         source,

@@ -14,7 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # fastprob/, rng and backend serve every layer above the reference, and interaction stands beside
 # the distributions: it takes a value from one, and a composite asks it for each of its parts. All
 # others are the modules.
-FILES = {"rng": "base", "backend": "base", "counter": "base", "interaction": "distributions"}
+FILES = {
+    "rng": "base",
+    "lowering": "base",
+    "backend": "base",
+    "counter": "base",
+    "interaction": "distributions",
+}
 FOLDERS = {"distributions", "ops", "reference", "kernels"}
 MAY_IMPORT = {
     "modules": {"modules", "distributions", "ops", "reference", "base"},

@@ -1,0 +1,91 @@
+"""What Inductor makes of the draws in a graph: ATen's own fill of a buffer that it plans itself.
+
+`rng` registers a draw as an operator in Python, which a compiler does not look into. Called from
+compiled code, such an operator costs several times what ATen takes for a small draw. Where Inductor
+compiles for a CPU in Python, a draw from torch's default generator becomes
+`buffer.normal_()` instead: the same call as in eager mode, so that the noise is the same.
+
+Everything here stands on Inductor's internals, and is left out where they are not as expected: the
+operator then runs as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+# In place, into a contiguous buffer of the draw's own shape and dtype.
+_FILLS: dict[str, Callable[..., str]] = {
+    "standard_normal": lambda: "normal_()",
+    "exponential": lambda: "exponential_()",
+    "uniform": lambda low, high: f"uniform_({low!r}, {high!r})",
+}
+_registered: set[str] = set()
+
+
+def offer(op: Any) -> None:
+    """Has Inductor lower a draw, once it is there; called whenever the operator is traced.
+
+    Args:
+        op: the overload that draws from torch's default generator, of arguments `size`, `like`,
+            numbers, and the token that it declares to write.
+    """
+    name = op._schema.name.partition("::")[2]
+    if name in _registered or name not in _FILLS or "torch._inductor.lowering" not in sys.modules:
+        return
+    _registered.add(name)
+    from torch._inductor import lowering
+
+    lowering.register_lowering(op, type_promotion_kind=None)(_lower(op, name))
+
+
+def _lower(op: Any, name: str) -> Callable[..., Any]:
+    from torch._inductor import ir, lowering
+    from torch._inductor.virtualized import V
+
+    as_it_is = lowering.fallback_handler(op, add_to_fallback_set=False)
+    kind = _fill()
+
+    def lower(size: Any, like: Any, *rest: Any) -> Any:
+        *numbers, token = rest
+        plain = all(isinstance(number, float) for number in numbers)
+        if V.graph.cpp_wrapper or like.get_device().type != "cpu" or not plain:
+            return as_it_is(size, like, *rest)
+        layout = ir.FixedLayout(
+            like.get_device(), like.get_dtype(), size, ir.FlexibleLayout.contiguous_strides(size)
+        )
+        token.realize()
+        return ir.TensorBox.create(kind(layout, token, _FILLS[name](*numbers)))
+
+    return lower
+
+
+@functools.cache
+def _fill() -> type:
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    class Fill(ir.ExternKernelOut):
+        """A buffer that a method of its own fills."""
+
+        def __init__(self, layout: Any, token: Any, method: str) -> None:
+            super().__init__(layout, [token])
+            self.method = method
+            token = self.inputs[0]
+            self.mutation_outputs.append(
+                ir.MutationOutput(ir.NoneLayout(device=token.get_device()), token, self)
+            )
+
+        def codegen(self, wrapper: Any) -> None:
+            name = self.get_name()
+            if name in V.graph.removed_buffers:
+                # Nobody reads it, so that nobody has made it; the generator moves on all the same.
+                wrapper.writeline(wrapper.make_buffer_allocation(self))
+            wrapper.writeline(f"{name}.{self.method}")
+
+        def has_side_effects(self) -> bool:
+            return True
+
+    return Fill
