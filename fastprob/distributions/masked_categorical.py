@@ -10,7 +10,6 @@ from tensordict.nn import InteractionType
 from torch import Tensor
 from torch import distributions as D
 from torch.distributions import constraints
-from torch.nn.functional import one_hot
 
 from fastprob import backend
 from fastprob.distributions._base import EMPTY, MEAN, MEDIAN, check_real
@@ -170,7 +169,7 @@ class _MaskedBase(_CategoricalBase):
     @property
     def probs(self) -> Tensor:
         """Probabilities, 0 where masked; `[*batch, K]`, or one for each entry of `indices`."""
-        return torch.softmax(self._scores, -1)
+        return categorical_ops.exponentials(self._scores)
 
     @property
     def mask(self) -> Tensor:
@@ -239,9 +238,12 @@ class _MaskedBase(_CategoricalBase):
             # The order is that of the actions, not of the list.
             action = categorical_ops.median_of(self._action_probs)
             return action, self._score_action(action) if score else None
-        position = self._at(interaction)
+        plain = self._indices is None
+        position, log_prob = self._at(interaction, score and plain)
         action = self._action(position)
-        return action, self._score_position(position, action) if score else None
+        if score and not plain:
+            log_prob = self._score_position(position, action)
+        return action, log_prob
 
     def entropy(self) -> Tensor:
         """Entropy in nats over the allowed actions, `[*batch]`; an entry of `indices` is one."""
@@ -326,10 +328,13 @@ class MaskedCategorical(_MaskedBase, D.Categorical):
             )
             if plain:
                 return position, log_prob
+            log_prob = None
         else:
-            position = self._index(shape, generator)
+            position, log_prob = self._draw_index(shape, generator, score and self._indices is None)
         action = self._action(position)
-        return action, self._score_position(position, action) if score else None
+        if score and log_prob is None:
+            log_prob = self._score_position(position, action)
+        return action, log_prob
 
     def _point(self, interaction: InteractionType, score: bool):
         if interaction is not MEAN:
@@ -421,7 +426,7 @@ class MaskedOneHotCategorical(_MaskedBase, D.Categorical):
             relaxed = relaxed_one_hot(scores, shape, generator)
             position = relaxed.detach().argmax(-1)
             action = self._action(position)
-            hard = one_hot(position, relaxed.shape[-1]).to(relaxed.dtype)
+            hard = categorical_ops.one_hot(position, relaxed.shape[-1]).to(relaxed.dtype)
             value = relaxed + (hard - relaxed.detach())
             if self._indices is not None:
                 value = ops.spread(value, self._indices, self.num_samples)
@@ -430,12 +435,15 @@ class MaskedOneHotCategorical(_MaskedBase, D.Categorical):
                 categorical_ops.RANDOM, categorical_ops.ONE_HOT, score, shape, generator, pathwise
             )[1:]
         else:
-            position = self._index(shape, generator)
+            plain = self._indices is None
+            position, log_prob = self._draw_index(shape, generator, score and plain)
             action = self._action(position)
-            value = one_hot(action, self.num_samples)
+            value = categorical_ops.one_hot(action, self.num_samples)
             if pathwise:
                 probs = self._action_probs
                 value = value + probs - probs.detach()
+            if plain:
+                return value, log_prob
         return value, self._score_position(position, action) if score else None
 
     def _point(self, interaction: InteractionType, score: bool):
@@ -444,7 +452,7 @@ class MaskedOneHotCategorical(_MaskedBase, D.Categorical):
                 kind = _KINDS[interaction is MEDIAN]
                 return self._kernel(kind, categorical_ops.ONE_HOT, score)[1:]
             action, log_prob = self._at_action(interaction, score)
-            return one_hot(action, self.num_samples), log_prob
+            return categorical_ops.one_hot(action, self.num_samples), log_prob
         if score:
             raise NotImplementedError(
                 "the mean of a MaskedOneHotCategorical is its vector of probabilities, which has "

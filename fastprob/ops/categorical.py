@@ -25,15 +25,41 @@ RANDOM, MEDIAN, MODE, MEAN = reference.RANDOM, reference.MEDIAN, reference.MODE,
 NO_VALUE, MEAN_INDEX = reference.NO_VALUE, reference.MEAN_INDEX
 ONE_HOT, PROBS = reference.ONE_HOT, reference.PROBS
 
-normalize = reference.normalize
 from_probs = reference.from_probs
+exponentials = reference.exponentials
 race = reference.race
+race_score = reference.race_score
+mode_score = reference.mode_score
+by_passes = reference.by_passes
+one_hot = reference.one_hot
 mean_index = reference.mean_index
 median_index = reference.median_index
 median_of = reference.median_of
 pick = reference.pick
 weights = reference.weights
 first_beyond = reference.first_beyond
+
+
+class _Normalize(torch.autograd.Function):
+    """dl_j/dlogits_k = [j = k] - p_k."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor):
+        log_probs = reference.normalize_by_passes(logits)
+        ctx.save_for_backward(log_probs)
+        return log_probs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any):
+        (log_probs,) = ctx.saved_tensors
+        return grads[0] - log_probs.exp() * grads[0].sum(-1, keepdim=True)
+
+
+def normalize(logits: Tensor) -> Tensor:
+    """Log-probabilities, `[*batch, K]`."""
+    if wants_function(logits) and reference.by_passes(logits):
+        return _Normalize.apply(logits)
+    return reference.normalize(logits)
 
 
 class _Entropy(torch.autograd.Function):

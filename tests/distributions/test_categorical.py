@@ -8,10 +8,12 @@ import scipy.special
 import scipy.stats
 import torch
 import torchrl.modules as rl
+from tensordict.nn import InteractionType
 from tensordict.nn.distributions import OneHotCategorical as TdOneHot
 from torch import distributions as D
 
 from fastprob import distributions as F
+from fastprob.reference import categorical as reference
 from tests.distributions._suite import JOINTS, Suite
 
 K = 5
@@ -172,6 +174,140 @@ class TestOneHotProbs(TestOneHotLogits):
 class TestOneHotOfTensordict(TestOneHotLogits):
     def upstream(self, params):
         return TdOneHot(**params)
+
+
+class _ByPasses:
+    """The same tests where rows are normalized in passes, as many short ones on a CPU are."""
+
+    @pytest.fixture(autouse=True)
+    def small_ones_too(self, monkeypatch):
+        monkeypatch.setattr(reference, "_LEAST", 1)
+        assert reference.by_passes(torch.zeros(1, K, dtype=torch.float64))
+
+
+class TestCategoricalLogitsByPasses(_ByPasses, TestCategoricalLogits):
+    pass
+
+
+class TestCategoricalProbsByPasses(_ByPasses, TestCategoricalProbs):
+    pass
+
+
+class TestOneHotLogitsByPasses(_ByPasses, TestOneHotLogits):
+    pass
+
+
+SHAPES = [(4096, 8), (300, 4, 3), (200, 16), (40, 64), (1, 5000)]
+LAYOUTS = {
+    "dense": lambda x: x,
+    "strided": lambda x: torch.stack((x, x), -1)[..., 0],
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "categories first": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("kind", ["logits", "probs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_draws_are_upstreams(kind, dtype, shape, layout):
+    torch.manual_seed(3)
+    given = LAYOUTS[layout](torch.randn(shape, dtype=dtype) * 2)
+    if kind == "probs":
+        given = given.exp()
+    for sample in ((), (1,)):
+        for generator in (None, torch.Generator().manual_seed(5)):
+            torch.manual_seed(7)
+            wanted = D.Categorical(**{kind: given})
+            with torch.no_grad():
+                if generator is not None:
+                    torch.manual_seed(5)
+                index = wanted.sample(sample)
+                # Where the stream stands after the draw.
+                after = torch.rand(3)
+                torch.manual_seed(7)
+                dist = F.Categorical(**{kind: given})
+                found, score = dist.sample_and_log_prob(sample, generator=generator)
+            assert torch.equal(found, index)
+            assert torch.equal(torch.rand(3, generator=generator), after)
+            exact = D.Categorical(**{kind: given.double()}).log_prob(index)
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(score.double(), exact, rtol=4 * eps, atol=4 * eps)
+            torch.testing.assert_close(score, dist.log_prob(found), rtol=4 * eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 50.0, -50.0, 1000.0, -1000.0, 1e5], ids=lambda x: f"{x:g}")
+def test_short_rows_of_any_size_keep_their_digits(dtype, offset):
+    # The exponentials of these logits would overflow, or be 0.
+    logits = torch.randn(512, 8, dtype=dtype) * 3 + offset
+    logits[::2] -= 7 * offset / 8
+    logits[:100, 3] = -float("inf")
+    assert reference.by_passes(logits)
+    dist, exact = F.Categorical(logits=logits), logits.double().log_softmax(-1)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(dist.logits.double(), exact, rtol=4 * eps, atol=4 * eps)
+    torch.testing.assert_close(
+        dist.entropy().double(), D.Categorical(logits=exact).entropy(), rtol=0, atol=40 * eps
+    )
+    for take in (dist.sample_and_log_prob, lambda: dist.take(InteractionType.MODE, score=True)):
+        index, score = take()
+        wanted = exact.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(score.double(), wanted, rtol=4 * eps, atol=4 * eps)
+        assert (index[:100] != 3).all()
+    assert torch.equal(dist.mode, logits.argmax(-1))
+
+
+def test_weights_of_any_size_keep_their_digits():
+    probs = torch.rand(512, 8) + 0.01
+    for factor in (1e-35, 1.0, 1e35):
+        dist = F.Categorical(probs=probs * factor)
+        torch.manual_seed(3)
+        index, score = dist.sample_and_log_prob()
+        torch.manual_seed(3)
+        assert torch.equal(index, D.Categorical(probs=probs.double()).sample())
+        exact = D.Categorical(probs=probs.double()).log_prob(index)
+        torch.testing.assert_close(score.double(), exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (512, 8)], ids=str)
+@pytest.mark.parametrize("cls", [F.Categorical, F.OneHotCategorical])
+def test_the_mode_is_the_first_of_equals(shape, cls):
+    dist = cls(logits=torch.zeros(shape))
+    index = dist.mode if cls is F.Categorical else dist.mode.argmax(-1)
+    assert (index == 0).all()
+    scored, log_prob = dist.take(InteractionType.MODE, score=True)
+    assert torch.equal(scored, dist.mode)
+    torch.testing.assert_close(log_prob, torch.full(shape[:-1], -np.log(shape[-1])).float())
+
+
+def test_gradients_of_short_rows():
+    logits = torch.randn(512, 8, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(512, 8, dtype=torch.float64)
+    assert reference.by_passes(logits)
+
+    def derivatives(log_probs):
+        (first,) = torch.autograd.grad((log_probs * weights).sum(), logits, create_graph=True)
+        return first, torch.autograd.grad(first.square().sum(), logits)[0]
+
+    found = derivatives(F.Categorical(logits=logits).logits)
+    expected = derivatives(logits.log_softmax(-1))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 3, 64, 65])
+def test_one_hot_vectors(count):
+    for size in ((), (7,), (2, 0), (2, 5)):
+        index = torch.randint(0, count, size)
+        with torch.inference_mode():
+            found = reference.one_hot(index, count)
+        assert torch.equal(found, torch.nn.functional.one_hot(index, count))
+        found = reference.one_hot(index, count)
+        found.zero_()  # the caller's own: the next ones are as they should be
+        assert torch.equal(
+            reference.one_hot(index, count), torch.nn.functional.one_hot(index, count)
+        )
 
 
 @pytest.mark.parametrize("strategy", ["RelaxedOneHot", rl.ReparamGradientStrategy.RelaxedOneHot])
