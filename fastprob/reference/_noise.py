@@ -43,7 +43,7 @@ def exponential_(buffer: Tensor, generator: torch.Generator | None = None) -> Te
     if numel <= _PIECE or not buffer.is_contiguous():
         _fill(buffer, torch.empty_like(buffer, dtype=torch.float64), generator)
         return buffer
-    uniform = torch.empty(_PIECE, dtype=torch.float64)
+    uniform = torch.empty(_PIECE, dtype=torch.float64, device="cpu")
     # The numbers come one after the other, so that pieces continue each other.
     for piece in buffer.view(-1).split(_PIECE):
         _fill(piece, uniform[: piece.numel()], generator)
@@ -58,10 +58,14 @@ def _as_torch() -> bool:
     """Whether ATen draws this noise as described above, here and in this version."""
     global _same
     if _same is None:
-        generators = [torch.Generator().manual_seed(5) for _ in range(2)]
+        generators = [torch.Generator("cpu").manual_seed(5) for _ in range(2)]
         with torch.inference_mode(False), torch.no_grad():
-            theirs = torch.empty(100, dtype=torch.float32).exponential_(generator=generators[0])
-            u = torch.empty(100, dtype=torch.float64).uniform_(generator=generators[1])
+            theirs = torch.empty(100, dtype=torch.float32, device="cpu").exponential_(
+                generator=generators[0]
+            )
+            u = torch.empty(100, dtype=torch.float64, device="cpu").uniform_(
+                generator=generators[1]
+            )
             states = [g.get_state() for g in generators]
             _same = torch.equal(u.neg().log1p().neg().float(), theirs) and torch.equal(*states)
     return _same

@@ -159,7 +159,7 @@ def one_hot(index: Tensor, count: int) -> Tensor:
     rows = _kept_rows.get(count)
     if rows is None:
         with torch.inference_mode(False):
-            rows = _kept_rows[count] = torch.eye(count, dtype=torch.int64)
+            rows = _kept_rows[count] = torch.eye(count, dtype=torch.int64, device="cpu")
     return torch.embedding(rows, index)
 
 
