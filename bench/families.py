@@ -49,6 +49,9 @@ class Family:
             and the width. A draw is one of its members.
         own_score: whether the log-probability is held to the score of the value that a provider
             returned. For values that float32 finds with less precision than it scores them.
+        either_score: whether the score of the value returned is as right as that of the value
+            before it was rounded: where a rounding moves the score by more than float32 is off,
+            and a library scores the one or the other.
     """
 
     distribution: str
@@ -60,6 +63,7 @@ class Family:
     bounds: tuple[float, float] = (-1.0, 1.0)
     spec: Callable[[Any, int], Any] | None = None
     own_score: bool = False
+    either_score: bool = False
 
 
 def log_prob_tolerance(log_prob: Tensor) -> Tensor:
@@ -177,6 +181,9 @@ TANH_NORMAL = Family(
     draw=_tanh_draw,
     point=lambda params: _tanh_value(params["loc"].double()),
     score=_tanh_score,
+    # TorchRL scores what it has rounded. In 4 of 4M rows of 8 that moves a score by more than the
+    # tolerance: at a tanh of 0.9995, the slope of atanh is 1,100.
+    either_score=True,
 )
 
 

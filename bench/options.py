@@ -78,9 +78,25 @@ def add_loops_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser)
     parser.add_argument("--loop", action="append", metavar="NAME", help="only this loop")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
-    parser.add_argument("--seeds", type=int, help="seeds a side (default: 3, with --quick 1)")
-    parser.add_argument("--compile", action="store_true", help="compile policies and losses")
-    parser.add_argument("--cudagraphs", action="store_true", help="capture policies and updates")
+    parser.add_argument(
+        "--seeds", type=int, help="seeds a side (default: 3, and 1 compiled; with --quick 1)"
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
+        "--compile",
+        action="store_true",
+        help="only with policies and losses compiled (default: eager, then compiled)",
+    )
+    form.add_argument("--eager", action="store_true", help="only as they are (so is --quick)")
+    parser.add_argument(
+        "--cudagraphs", action="store_true", help="capture policies and updates; needs a GPU"
+    )
+    parser.add_argument(
+        "--mujoco",
+        action="store_true",
+        help="a short HalfCheetah-v5 in place of the others, for its speed, into"
+        " loops-mujoco.json; needs gymnasium[mujoco]",
+    )
     _add_device(parser)
 
 

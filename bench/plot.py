@@ -63,10 +63,13 @@ def loop_curves(
         curves: per loop and implementation, each seed's steps and returns.
         goals: per loop; drawn where finite.
     """
-    figure = _figure(4 * len(curves), 3.6)
-    for axes, (loop, sides) in zip(
-        figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True
-    ):
+    columns = min(len(curves), 5)
+    rows = -(-len(curves) // columns)
+    figure = _figure(4 * columns, 3.6 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in panels[len(curves) :]:
+        axes.remove()
+    for axes, (loop, sides) in zip(panels, curves.items(), strict=False):
         for side, runs in sides.items():
             color, line = STYLES[side]
             for i, (steps, values) in enumerate(runs):

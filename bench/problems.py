@@ -154,6 +154,9 @@ def sampling(
         def own_score(got: Tensors) -> dict[str, Expected]:
             return {"log_prob": score_of(lambda x: family.score(params, x), got["action"])}
 
+        def exact_score(got: Tensors) -> Tensors:
+            return {"log_prob": family.score(params, got["action"].double())}
+
         makers = providers.forms(make, inputs, _entries, kind, tuple(sides))
         if hand is not None:
             calls = [hand({key: data[key] for key in params}) for data in inputs]
@@ -170,6 +173,7 @@ def sampling(
             expected,
             rescore=rescore if random else None,
             own_score=own_score if own else None,
+            either_score=exact_score if random and family.either_score else None,
             draw=(lambda: _values(drawn(few))) if random else None,
             moved=_bytes(params),
         )

@@ -102,12 +102,17 @@ class CpuMeter:
         self.clock = clock
 
     def inner(self, call: Callable[[], object], block_s: float) -> int:
-        """Returns how many calls fill a block, from the fastest of five."""
+        """Returns how many calls fill a block, from the fastest of five.
+
+        One is enough where it takes 50 blocks, 0.1 s: no hiccup is as long.
+        """
         best = float("inf")
         for _ in range(5):
             begin = self.clock()
             call()
             best = min(best, self.clock() - begin)
+            if best > 50e9 * block_s:
+                break
         return max(1, round(block_s * 1e9 / max(best, 1.0)))
 
     def block(self, call: Callable[[], object], timing: Timings) -> None:

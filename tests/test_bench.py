@@ -17,7 +17,8 @@ pytest.importorskip("torchrl")
 
 from bench import agreement, calls, objectives
 from bench.cases import CASES, FAMILIES, SAFE, SHAPES, TARGETS
-from bench.gate import Problem, Provider, WrongResult, verify
+from bench.families import Expected
+from bench.gate import Problem, Provider, WrongResult, compare, verify
 from bench.implementations import implementation
 from bench.providers import EXPORTED, GRAPHED, NAMES, REDUCED, ROOF, copies, copy_roof
 from bench.timing import CudaMeter, Quantiles, Timings, interleave, ratio
@@ -98,6 +99,14 @@ def test_interleave_keeps_to_its_budget_and_limits():
     assert len(timings["a"].us) == 51
     timings = interleave({"a": call}, budget_s=9, max_rounds=7, block_s=1e-3, clock=clock)
     assert len(timings["a"].us) == 7
+
+
+def test_a_long_call_calibrates_once():
+    clock = FakeClock()
+    call = clock.taking(120_000_000, 1_000_000)
+    # 120 ms are 60 blocks of 2 ms: the next call already belongs to a round.
+    (timing,) = interleave({"a": call}, budget_s=0.0, min_rounds=1, clock=clock).values()
+    assert (timing.inner, clock.now) == (1, 122_000_000)
 
 
 # ---------------------------------------------------------------------------- registry and gate
@@ -272,6 +281,28 @@ def test_gate_looks_at_the_last_rows():
     verify(problem, right, "right")
     with pytest.raises(WrongResult, match="log_prob"):
         verify(problem, _wrong(right, stale), "wrong")
+
+
+def test_gate_takes_the_score_of_the_value_returned_where_it_is_as_right():
+    got = {"log_prob": torch.tensor([1.0, 2.0])}
+    expected = Expected(torch.tensor([1.0, 2.5]).double(), 0.1)
+
+    def either(other):
+        return lambda results: {"log_prob": torch.tensor([9.0, other]).double()}
+
+    for refused in (None, either(2.2), either(math.nan), lambda results: {}):
+        with pytest.raises(WrongResult, match="1 of 2 entries of log_prob"):
+            compare("provider", "log_prob", got, expected, refused)
+    compare("provider", "log_prob", got, expected, either(2.05))
+    problem = CASES["tanh_normal"].build(_sides(), TINY)
+    value = torch.full(TINY, 0.9995)
+    (scores,) = problem.either_score({"action": value}).values()
+    params = FAMILIES["tanh_normal"].params(*TINY)
+    normal = torch.distributions.Normal(params["loc"].double(), params["scale"].double())
+    squash = torch.distributions.TanhTransform()
+    by_torch = torch.distributions.TransformedDistribution(normal, squash)
+    torch.testing.assert_close(scores, by_torch.log_prob(value.double()).sum(-1))
+    assert CASES["normal"].build(_sides(), TINY).either_score is None
 
 
 def test_objectives_are_held_to_upstreams_loss_and_gradient():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -91,6 +92,102 @@ def test_a_disagreeing_loop_has_no_speed(capsys):
     assert "the same noise was drawn" in problem
     compare.print_table(make_console(), [wrong])
     assert "wrong" in capsys.readouterr().out
+
+
+MASKED = compare.LOOPS["ppo_masked"]
+
+
+def _fake_loop(problem=None):
+    """A loop of one iteration that notes how it was run; upstream may fail where it is compiled."""
+
+    def train(settings, flags):
+        if flags.compile and flags.impl == "upstream" and problem is not None:
+            raise problem
+        run = Run("loop", settings.env, flags, steps=[10], returns=[20.0], evaluation=[500.0])
+        speed = {"upstream": 100.0, "fastprob": 150.0}[flags.impl] * (2 if flags.compile else 1)
+        run.cpu_steps_per_second = {"collection": speed + flags.seed, "update": 10.0}
+        yield run
+
+    return replace(MASKED, name="fake", train=train)
+
+
+def test_loops_report_eager_and_compiled_apart(tmp_path, monkeypatch, capsys, keep_threads):
+    from bench.__main__ import main
+
+    monkeypatch.setattr(compare, "LOOPS", {"fake": _fake_loop()})
+    assert main(["loops", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    eager, compiled = json.loads((tmp_path / "loops.json").read_text())["loops"]
+    assert (eager["form"], compiled["form"]) == ("eager", "compiled")
+    assert [len(item["runs"]["upstream"]) for item in (eager, compiled)] == [3, 1]
+    spread = eager["steps_per_second"]["fastprob"]["collection"]
+    assert spread == {"p20": 150.4, "p50": 151.0, "p80": 151.6}
+    assert compiled["steps_per_second"]["upstream"]["collection"]["p50"] == 200.0
+    assert all(run["flags"]["compile"] for run in compiled["runs"]["fastprob"])
+    out = capsys.readouterr().out
+    assert "Steps per second, eager" in out and "Steps per second, compiled" in out
+    assert (tmp_path / "loops.png").read_bytes().startswith(b"\x89PNG")
+    for words, form in (
+        (["--compile"], "compiled"),
+        (["--eager"], "eager"),
+        (["--quick"], "eager"),
+    ):
+        monkeypatch.setattr(compare, "LOOPS", {"fake": replace(_fake_loop(), short={})})
+        assert main(["loops", "--device", "cpu", "--out", str(tmp_path), *words]) == 0
+        (item,) = json.loads((tmp_path / "loops.json").read_text())["loops"]
+        assert item["form"] == form
+
+
+def test_a_side_that_does_not_compile_is_named_and_the_other_goes_on(tmp_path, capsys):
+    broken = RuntimeError("fake tensors\n  Explanation: sizes differ\n  Hint: none")
+    forms = [(Flags(compile=True), [0, 1])]
+    assert compare.report([_fake_loop(broken)], forms, tmp_path) == 0
+    (item,) = json.loads((tmp_path / "loops.json").read_text())["loops"]
+    assert item["missing"] == {"upstream": "RuntimeError: sizes differ"}
+    assert item["runs"]["upstream"] == [] and len(item["runs"]["fastprob"]) == 2
+    assert list(item["steps_per_second"]) == ["fastprob"]
+    assert (
+        "not run: fake, upstream, compiled: RuntimeError: sizes differ" in capsys.readouterr().out
+    )
+    # Where it is fastprob, that is a failure; and in eager mode nobody gives up.
+    swapped = replace(
+        _fake_loop(broken),
+        train=lambda settings, flags: _fake_loop(broken).train(
+            settings, replace(flags, impl="upstream" if flags.impl == "fastprob" else "fastprob")
+        ),
+    )
+    assert compare.report([swapped], forms, None) == 1
+    with pytest.raises(RuntimeError, match="a masked action"):
+
+        def wrong(settings, flags):
+            raise RuntimeError("a masked action was taken")
+            yield
+
+        compare.report([replace(_fake_loop(), train=wrong)], [(Flags(), [0])], None)
+
+
+def test_cuda_graphs_are_refused_on_a_cpu(capsys):
+    from bench.__main__ import main
+
+    assert main(["loops", "--device", "cpu", "--cudagraphs"]) == 2
+    assert "a CUDA graph is a recording" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="NVIDIA GPU, so there is none on cpu"):
+        sac.main(["--cudagraphs"])
+    assert Flags(cudagraphs=True, device="cuda").form == "CUDA graphs"
+
+
+def test_mujoco_is_asked_for_where_it_is_not_installed(monkeypatch, capsys):
+    from bench.__main__ import main
+
+    find = compare.importlib.util.find_spec
+    monkeypatch.setattr(
+        compare.importlib.util, "find_spec", lambda name: None if name == "mujoco" else find(name)
+    )
+    assert main(["loops", "--mujoco"]) == 2
+    assert "gymnasium[mujoco]" in capsys.readouterr().out
+    assert main(["loops", "--mujoco", "--loop", "sac"]) == 2
+    assert "expected one of halfcheetah_independentnormal" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["loops", "--compile", "--eager"])
 
 
 def test_masks_leave_one_copy_of_each_action():
@@ -194,9 +291,36 @@ def test_scaling_writes_json_and_plot(tmp_path, monkeypatch, keep_threads):
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_scaling_reaches_the_ends_of_both_axes():
-    on_gpu = {(axis, shape) for _, axis, shape in scaling.plan("cuda", quick=False)}
-    assert {("rows", (1, 8)), ("rows", (1 << 22, 8)), ("width", (256, 32768))} <= on_gpu
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_scaling_reaches_the_ends_of_both_axes(device):
+    planned = {(axis, shape) for _, axis, shape in scaling.plan(device, quick=False)}
+    assert {("rows", (1, 8)), ("rows", (1 << 22, 8)), ("width", (256, 32768))} <= planned
+
+
+def test_scaling_says_what_it_leaves_out(tmp_path, monkeypatch, capsys, keep_threads):
+    from bench.__main__ import main
+
+    assert scaling.too_large((1 << 22, 8), 8 * 2**30) is None
+    assert scaling.too_large((1 << 22, 8), 4 * 2**30) == (
+        "needs about 5.0 GiB of memory, and 4.0 are free"
+    )
+    assert 1e8 < scaling.free_bytes("cpu") < 1e14
+    monkeypatch.setattr(scaling, "FAMILY_NAMES", ("normal",))
+    monkeypatch.setattr(scaling, "free_bytes", lambda device: 160 * 256 * 10)
+    command = ["scaling", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(command) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "not timed: normal 256x64, upstream: needs about" in out
+    stored = json.loads((tmp_path / "scaling.json").read_text())["points"]
+    assert [bool(p["providers"]) for p in stored] == [True, True, True, False]
+    assert stored[3]["missing"].keys() == {"upstream", "fastprob"}
+    clock = iter([0.0, 0.0, scaling.LIMIT_S + 1])
+    monkeypatch.setattr(scaling, "time", SimpleNamespace(perf_counter=clock.__next__))
+    assert main(command) == 0
+    assert "left out after 400 s: normal 256x1, normal 256x8, normal 256x64" in (
+        capsys.readouterr().out
+    )
+    assert len(json.loads((tmp_path / "scaling.json").read_text())["points"]) == 1
 
 
 @pytest.mark.parametrize("name", kernels.KERNELS)

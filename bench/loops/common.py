@@ -19,6 +19,11 @@ from torch import Tensor, nn
 from bench.envs import CartPole, Pendulum
 from bench.implementations import Implementation, implementation
 
+NO_GRAPHS = (
+    "--cudagraphs: a CUDA graph is a recording of what was launched on an NVIDIA GPU, so there is"
+    " none on {device}; eager and compiled (--compile) loops run on a CPU"
+)
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -27,10 +32,12 @@ class Flags:
     Attributes:
         impl: ``"upstream"`` or ``"fastprob"``: whose probabilistic modules the actor is made of.
         compile: whether policy and loss are compiled.
-        cudagraphs: whether policy and update are captured as CUDA graphs; they run as they are
-            where there is no GPU.
+        cudagraphs: whether policy and update are captured as CUDA graphs.
         seed: of torch and of the environments.
         device: of everything.
+
+    Raises:
+        ValueError: for CUDA graphs on a device that has none.
     """
 
     impl: str = "fastprob"
@@ -38,6 +45,10 @@ class Flags:
     cudagraphs: bool = False
     seed: int = 0
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.cudagraphs and not self.device.startswith("cuda"):
+            raise ValueError(NO_GRAPHS.format(device=self.device))
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -50,8 +61,17 @@ class Flags:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Flags:
-        """Reads the flags back."""
-        return cls(args.impl, args.compile, args.cudagraphs, args.seed, args.device)
+        """Reads the flags back; ends the program where they do not go together."""
+        try:
+            return cls(args.impl, args.compile, args.cudagraphs, args.seed, args.device)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
+
+    @property
+    def form(self) -> str:
+        """In words: eager, compiled, CUDA graphs."""
+        words = ["compiled"] * self.compile + ["CUDA graphs"] * self.cudagraphs
+        return ", ".join(words) or "eager"
 
     @property
     def side(self) -> Implementation:
@@ -355,7 +375,7 @@ class Returns:
 def faster_policy(policy: nn.Module, flags: Flags) -> Callable[[TensorDict], TensorDict]:
     """The policy that collects: as it is, compiled, captured, or both."""
     made: Any = torch.compile(policy) if flags.compile else policy
-    if flags.cudagraphs and flags.device.startswith("cuda"):
+    if flags.cudagraphs:
         # torch's checks of arguments wait for the device, which no capture can.
         torch.distributions.Distribution.set_default_validate_args(False)
         if flags.impl == "fastprob":
@@ -373,7 +393,7 @@ def faster_update(
     update: Callable[[TensorDict], TensorDict], flags: Flags
 ) -> Callable[[TensorDict], TensorDict]:
     """The update, captured as one graph where that is asked for; the same way on both sides."""
-    if flags.cudagraphs and flags.device.startswith("cuda"):
+    if flags.cudagraphs:
         from tensordict.nn import CudaGraphModule
 
         return CudaGraphModule(update, warmup=10, in_keys=[], out_keys=[])
