@@ -152,15 +152,16 @@ class TruncatedNormal(Fused):
             return ops.draw(
                 *args, EMPTY, self._ndims, kind=kind, score=score, clamp=self._bounds_of_value
             )  # fmt: skip
-        if interaction is MODE:
-            low, high = self._bound_tensors()
-            value = torch.clamp(loc, low, high)
-        elif interaction is MEDIAN:
-            half = torch.full((), 0.5, dtype=torch.float64, device=loc.device)
-            value = ops.sample(*args, half)
+        if interaction is MODE or interaction is MEDIAN:
+            if interaction is MODE:
+                low, high = self._bound_tensors()
+                value = torch.clamp(loc, low, high)
+            else:
+                half = torch.full((), 0.5, dtype=torch.float64, device=loc.device)
+                value = ops.sample(*args, half)
+            log_prob = ops.log_prob(*args, value, self._ndims) if score else None
         else:
-            value = ops.mean(ops.standardize(*args)).to(loc.dtype)
-        log_prob = ops.log_prob(*args, value, self._ndims) if score else None
+            value, log_prob = ops.mean_score(*args, self._ndims, score)
         if self._bounds_of_value is not None:
             value = self._bounds_of_value.clamp(value)
         return value, log_prob

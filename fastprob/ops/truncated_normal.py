@@ -55,7 +55,7 @@ __all__ = [
     "entropy",
     "entropy_given",
     "log_prob",
-    "mean",
+    "mean_score",
     "sample",
     "sample_score",
     "sample_score_detached",
@@ -66,7 +66,6 @@ __all__ = [
     "variance",
 ]
 
-mean = reference.mean
 variance = reference.variance
 cdf = reference.cdf
 standardize = reference.standardize
@@ -239,7 +238,7 @@ def sample_score(
     Returns:
         value `[*sample, *batch, *event]`, log-density `[*sample, *batch]`.
     """
-    if not torch.is_grad_enabled():
+    if not _needs_grad(loc, scale, *_tensors(low, high)):
         std = reference.central(loc, scale, low, high)
         if std is not None:
             value, z = reference.central_quantile(std, low, high, p.double())
@@ -261,6 +260,20 @@ def sample_score_detached(
         value = _sample(loc, scale, low, high, p)[0]
     score = log_prob(loc, scale, low, high, value, ndims)
     return value.to(loc.dtype), score.to(loc.dtype)
+
+
+def mean_score(
+    loc: Tensor, scale: Tensor, low: Any, high: Any, ndims: int, score: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The mean and its log-density; arguments as for `sample_score`."""
+    if not _needs_grad(loc, scale, *_tensors(low, high)):
+        inner = reference.inner_mean(loc, scale, low, high)
+        if inner is not None:
+            value, z, std = inner
+            made = reference.central_score(std, z, ndims, loc.dtype) if score else None
+            return value.to(loc.dtype), made
+    value = reference.mean(reference.standardize(loc, scale, low, high)).to(loc.dtype)
+    return value, log_prob(loc, scale, low, high, value, ndims) if score else None
 
 
 def log_prob(loc: Tensor, scale: Tensor, low: Any, high: Any, value: Tensor, ndims: int) -> Tensor:

@@ -133,6 +133,38 @@ def central_score(std: Central, z: Tensor, ndims: int, dtype: torch.dtype) -> Te
     return affine_sum(cost, ndims, -_LOG_ROOT_HALF_PI, -1).to(dtype)
 
 
+def inner_mean(
+    loc: Tensor,  # [*batch, *event]
+    scale: Tensor,  # [*batch, *event]
+    low: Tensor | float,
+    high: Tensor | float,
+) -> tuple[Tensor, Tensor, Central] | None:
+    """The mean in place where every loc lies between its bounds; None where that is not so.
+
+    The formula of `moments` for the inside, in a third of the operations.
+
+    Returns:
+        mean and its z, float64 `[*batch, *event]`, and the parameters, of which `below` and
+        `mirrored` are of no use.
+    """
+    if not (loc.is_cpu and plain_tensors_only()):
+        return None
+    x, sigma = loc.double(), scale.double()
+    left, right = x.sub(low), x.neg().add_(high)
+    if not loc.numel() or not (float(left.min()) >= 0.0 and float(right.min()) >= 0.0):
+        return None
+    left, right = left.div_(sigma), right.div_(sigma)
+    # b - a, and b + a: how far the interval leans to the right.
+    width, lean = left.add(right), right.sub(left)
+    drop = width.mul_(lean).abs_().mul_(-0.5).expm1_()
+    near = torch.minimum(left, right)
+    mass = left.mul_(_ROOT_HALF).erf_().add_(right.mul_(_ROOT_HALF).erf_())
+    density = near.mul_(near).mul_(-0.5).exp_().mul_(_ROOT_TWO_OVER_PI)
+    z = drop.mul_(density).div_(mass).copysign_(lean)
+    value = torch.addcmul(x, z, sigma).clamp_(low, high)
+    return value, z, Central(x, sigma, lean, density, mass)
+
+
 def _mills(t: Tensor) -> Tensor:
     """`1 / m(t)`, the hazard of the Normal."""
     return _ROOT_TWO_OVER_PI / torch.special.erfcx(t * _ROOT_HALF)

@@ -10,9 +10,11 @@ import pytest
 import scipy.stats
 import torch
 import torchrl.modules as rl
+from tensordict.nn import InteractionType
 from torch import distributions as D
 
 from fastprob import distributions as F
+from fastprob.reference import truncated_normal as reference
 from tests.distributions._suite import Suite, close
 
 INF = float("inf")
@@ -191,6 +193,48 @@ def test_every_formula_against_quadrature(case):
             ulp = 2.3e-16 * (abs(x) + (1 + t) * float(truth.scale))
             allowed = 4 * float(density) * ulp + 1e-9 * min(p, 1 - p)
             assert abs(float(reached - mpmath.mpf(p))) <= allowed, p
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_mean_in_place_is_the_mean(case):
+    with mpmath.workdps(30):
+        truth = Truth(*case)
+        exact = float(truth.mode + truth.expect(lambda x: x - truth.mode))
+        cost = truth.cost(mpmath.mpf(exact)) + mpmath.log(truth.mass)
+    dist = single(*case)
+    inside = case[2] <= case[0] <= case[3]
+    assert (reference.inner_mean(*dist._args()) is not None) == inside
+    value, score = dist.take(InteractionType.MEAN, score=True)
+    assert value.item() == pytest.approx(exact, rel=1e-14, abs=1e-14)
+    assert score.item() == pytest.approx(float(-cost), rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tensors", [False, True])
+def test_means_of_many_are_those_of_the_general_formula(dtype, tensors):
+    loc = (torch.rand(300, 4) * 2 - 1).to(dtype)
+    scale = (torch.rand(300, 4) * 2 + 0.01).to(dtype)
+    low, high = -1.0, 1.25
+    if tensors:
+        low, high = torch.full((4,), low, dtype=dtype), torch.full((4,), high, dtype=dtype)
+    dist = F.TruncatedNormal(loc, scale, low=low, high=high)
+    assert reference.inner_mean(*dist._args()) is not None
+    general = reference.mean(reference.standardize(*dist._args()))
+    value, score = dist.take(InteractionType.MEAN, score=True)
+    assert value.dtype == score.dtype == dtype
+    torch.testing.assert_close(value, general.to(dtype), rtol=1e-15, atol=1e-15)
+    exact = reference.log_prob(*(t.double() if isinstance(t, torch.Tensor) else t
+                                 for t in dist._args()), general, 1)  # fmt: skip
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(score.double(), exact, rtol=eps, atol=1e-14)
+    # One element outside of its bounds, and the others keep their means.
+    loc[7, 2] = 1.5
+    dist = F.TruncatedNormal(loc, scale, low=low, high=high)
+    assert reference.inner_mean(*dist._args()) is None
+    again = dist.mean
+    assert again[7, 2] != value[7, 2]
+    again[7, 2] = value[7, 2]
+    torch.testing.assert_close(again, value, rtol=1e-15, atol=1e-15)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c[1] < 100], ids=str)
