@@ -137,6 +137,26 @@ def add_matrix_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", default="aot_eager", help="of torch.compile (default: aot_eager)"
     )
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        default=(1, 1),
+        metavar="I/N",
+        help="run only the Ith of N parts of the cells, beside other processes; what all of them "
+        "have found so far is summed up",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="stop each side after so long; the next run goes on, and 0 only sums up",
+    )
+    parser.add_argument(
+        "--state",
+        type=Path,
+        default=Path("bench/out/matrix"),
+        help="folder of the outcomes, which later runs of the same code go on from "
+        "(default: bench/out/matrix)",
+    )
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,6 +174,17 @@ def _shape(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(
             f"expected ROWSxWIDTH such as 4096x8, got {text}"
         ) from None
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    try:
+        found = int(index), int(count)
+    except ValueError:
+        found = (0, 0)
+    if not 1 <= found[0] <= found[1]:
+        raise argparse.ArgumentTypeError(f"expected I/N with 1 <= I <= N such as 2/4, got {text}")
+    return found
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 
 import fastprob as fp
-from bench import matrix
+from bench import cells as matrix
 from bench.implementations import implementation
 from fastprob.specs import Bounded
 from tests._modules import TYPES, head, normal_td
