@@ -29,7 +29,7 @@ from torch import nn
 
 import fastprob
 from bench import results
-from bench.console import make_console, make_table
+from bench.console import make_console, make_progress, make_table
 from bench.envs import CartPole, Pendulum, TensorEnv
 from bench.gate import WrongResult
 from bench.implementations import implementation
@@ -163,15 +163,20 @@ def on_a_cpu(quick: bool) -> dict[str, Any]:
 
 def on_a_gpu(quick: bool) -> dict[str, Any]:
     """Times calls and rollouts."""
-    calls = {}
-    for batch in BATCHES[1:3] if quick else BATCHES:
-        calls[batch] = time_calls(batch, quick)
-    rollouts = [
-        time_rollout(env, count, quick)
-        for env in (Pendulum, CartPole)
-        for count in (ENVS[:1] if quick else ENVS)
-    ]
     console = make_console()
+    batches = BATCHES[1:3] if quick else BATCHES
+    envs = [(env, n) for env in (Pendulum, CartPole) for n in (ENVS[:1] if quick else ENVS)]
+    calls, rollouts = {}, []
+    with make_progress(console) as progress:
+        task = progress.add_task("graphs", total=len(batches) + len(envs))
+        for batch in batches:
+            progress.update(task, description=f"calls of {batch} rows")
+            calls[batch] = time_calls(batch, quick)
+            progress.advance(task)
+        for env, count in envs:
+            progress.update(task, description=f"rollout of {count} {env.__name__}")
+            rollouts.append(time_rollout(env, count, quick))
+            progress.advance(task)
     table = make_table(
         "A policy's call, µs: at the clock / on the host / on the device",
         ("provider",),

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ END = "<!-- /bench:report -->"
 README = results.ROOT / "README.md"
 RESULTS = results.ROOT / "bench" / "results"
 Json = dict[str, Any]
+SIDES = ("upstream", "fastprob")
 
 
 class NoMarkers(ValueError):
@@ -57,17 +60,47 @@ def tables(folder: Path) -> str:
     return "\n\n".join(filter(None, map(section, devices)))
 
 
+@dataclass(frozen=True)
+class Slow:
+    """Something that fastprob is slower at than another provider.
+
+    Attributes:
+        file: without its ending, where it stands.
+        what: the case, loop or family.
+        at: its shape, or the part of the loop.
+        ours: the form of fastprob.
+        other: the provider that is faster.
+        ratio: the other's time ÷ fastprob's, below 1.
+    """
+
+    file: str
+    what: str
+    at: str
+    ours: str
+    other: str
+    ratio: float
+
+    @property
+    def same_form(self) -> bool:
+        """Whether both are eager, both compiled, and so on."""
+        return self.ours.replace("fastprob", "upstream") == self.other
+
+
 def section(folder: Path) -> str:
-    """The tables of one device."""
-    parts: list[tuple[str, Callable[[Json], Iterable[str]]]] = [
-        ("calls", _calls),
-        ("scaling", _scaling),
-        ("train", _train),
-        ("loops", _loops),
-        ("kernels", _kernels),
+    """The tables of one device; what fastprob is slower at comes first, of all files."""
+    parts: list[tuple[str, Callable[[Json], Iterable[str]], Callable[[Json], Iterable[Slow]]]] = [
+        ("calls", _calls, _slow_calls),
+        ("compiled", _compiled, _slow_compiled),
+        ("matrix", _matrix, _no_slow),
+        ("graphs", _graphs, _slow_graphs),
+        ("scaling", _scaling, _slow_scaling),
+        ("train", _train, _slow_train),
+        ("loops", _loops, _slow_loops),
+        ("loops-mujoco", _mujoco, _slow_loops),
+        ("kernels", _kernels, _no_slow),
     ]
-    blocks, sources = [], []
-    for name, write in parts:
+    blocks, sources, slow = [], [], []
+    for name, write, slower in parts:
         path = folder / f"{name}.json"
         made = []
         if path.is_file():
@@ -76,6 +109,7 @@ def section(folder: Path) -> str:
         if not made:
             continue
         sources.append(_source(path.name, data["environment"]))
+        slow += [replace(item, file=name) for item in slower(data)]
         blocks += made
         image = folder / f"{name}.png"
         if image.is_file():
@@ -89,7 +123,37 @@ def section(folder: Path) -> str:
         " medians over interleaved rounds of one run; above 1 is in fastprob's favour, unless a"
         " column says else. **Bold** misses its goal."
     )
-    return "\n\n".join([head, "\n".join(sources), *blocks])
+    return "\n\n".join([head, "\n".join(sources), *_slower(slow), *blocks])
+
+
+def _slower(found: Iterable[Slow]) -> Iterable[str]:
+    """Where fastprob is slower: form by form, then the other comparisons; the worst first."""
+    ordered = sorted(found, key=lambda item: item.ratio)
+    header = ["", "at", "fastprob", "the other", "other ÷ fastprob", "file"]
+
+    def lines(same_form: bool) -> list[list[str]]:
+        return [
+            [item.what, item.at, item.ours, item.other, f"{item.ratio:.2f}", f"`{item.file}.json`"]
+            for item in ordered
+            if item.same_form == same_form
+        ]
+
+    alike, unlike = lines(True), lines(False)
+    if alike:
+        yield "**Where fastprob is slower than upstream**, form by form, all files:"
+        yield _table(header, alike)
+    else:
+        yield "fastprob is slower than upstream in no case, form by form."
+    if unlike:
+        what = (
+            "Where fastprob in eager mode is slower than upstream compiled or captured, or"
+            " hand-written tensors"
+        )
+        yield _folded(f"{what} ({len(unlike)})", _table(header, unlike))
+
+
+def _no_slow(data: Json) -> Iterable[Slow]:
+    return ()
 
 
 def _source(name: str, run: Json) -> str:
@@ -108,36 +172,18 @@ def _source(name: str, run: Json) -> str:
 
 def _calls(data: Json) -> Iterable[str]:
     titles = {row["case"]: row["title"] for row in data["results"]}
-    yield from _slower(data, titles)
     yield from _refused((titles[row["case"]], row) for row in data["results"])
+    yield from _missing((titles[row["case"]], row) for row in data["results"])
     yield from _targets(data, titles)
     yield from _families(data)
     yield from _forms(data)
 
 
-def _slower(data: Json, titles: dict[str, str]) -> Iterable[str]:
-    header = ["", "shape", "fastprob", "the other", "other ÷ fastprob"]
-    alike, unlike = [], []
+def _slow_calls(data: Json) -> Iterable[Slow]:
+    titles = {row["case"]: row["title"] for row in data["results"]}
     for s in data["slower"]:
-        row = [
-            titles[s["case"]],
-            _shape(s["shape"]),
-            s["fastprob"],
-            s["other"],
-            _number(s["ratio"]),
-        ]
-        same = s["fastprob"].replace("fastprob", "upstream") == s["other"]
-        (alike if same else unlike).append(row)
-    if alike:
-        yield "**Where fastprob is slower than upstream**, form by form:"
-        yield _table(header, alike)
-    else:
-        yield "fastprob is slower than upstream in no case, form by form."
-    if unlike:
-        what = (
-            "Where fastprob in eager mode is slower than upstream compiled, or hand-written tensors"
-        )
-        yield _folded(f"{what} ({len(unlike)})", _table(header, unlike))
+        ratio = s["ratio"]["p50"]
+        yield Slow("", titles[s["case"]], _shape(s["shape"]), s["fastprob"], s["other"], ratio)
 
 
 def _refused(rows: Iterable[tuple[str, Json]]) -> Iterable[str]:
@@ -149,6 +195,16 @@ def _refused(rows: Iterable[tuple[str, Json]]) -> Iterable[str]:
     if lines:
         yield "**Refused by the gate**, and not timed:"
         yield "\n".join(lines)
+
+
+def _missing(rows: Iterable[tuple[str, Json]]) -> Iterable[str]:
+    lines = [
+        f"- {title}, {_shape(row['shape'])}, {name}: {why}"
+        for title, row in rows
+        for name, why in row.get("missing", {}).items()
+    ]
+    if lines:
+        yield _folded(f"Not timed, and why ({len(lines)})", "\n".join(lines))
 
 
 def _targets(data: Json, titles: dict[str, str]) -> Iterable[str]:
@@ -229,11 +285,22 @@ def _scaling(data: Json) -> Iterable[str]:
             lines.setdefault(point["family"], {})[_shape(point["shape"])] = f"{gain:.2g}"
     shapes = _unique(_shape(p["shape"]) for p in sorted(data["points"], key=lambda p: p["axis"]))
     yield from _refused((point["family"], point) for point in data["points"])
+    yield from _missing((point["family"], point) for point in data["points"])
     yield "**Scaling**, upstream ÷ fastprob, random value and score, eager:"
     yield _table(
         ["", *shapes],
         [[name, *(cells.get(shape, "") for shape in shapes)] for name, cells in lines.items()],
     )
+
+
+def _slow_scaling(data: Json) -> Iterable[Slow]:
+    for point in data["points"]:
+        p50 = {name: spent["p50"] for name, spent in point["providers"].items()}
+        for form in ("", " compiled", " graph"):
+            ours, other = f"fastprob{form}", f"upstream{form}"
+            if {ours, other} <= p50.keys() and p50[other] < p50[ours]:
+                at = _shape(point["shape"])
+                yield Slow("", point["family"], at, ours, other, p50[other] / p50[ours])
 
 
 def _train(data: Json) -> Iterable[str]:
@@ -247,28 +314,183 @@ def _train(data: Json) -> Iterable[str]:
     yield _table(["", *sides], [*rows, ["final returns", *returns]])
 
 
+def _slow_train(data: Json) -> Iterable[Slow]:
+    seconds = data["cpu_seconds_median"]
+    for part, other in seconds["upstream"].items():
+        ours = seconds["fastprob"][part]
+        if other < ours:
+            yield Slow("", "PPO on Pendulum-v1", part, "fastprob", "upstream", other / ours)
+
+
 def _loops(data: Json) -> Iterable[str]:
-    rows = []
-    for item in data["loops"]:
-        row = [item["loop"]]
-        speed = item["steps_per_second"]
-        for part in ("collection", "update"):
-            both = [speed[side][part] for side in ("upstream", "fastprob")]
-            row += [*(f"{rate:,.0f}" for rate in both), f"{both[1] / both[0]:.2f}"]
-        for side in ("upstream", "fastprob"):
-            row.append(" ".join(f"{run['final_return']:.0f}" for run in item["runs"][side]))
-        rows.append([*row, f"≥ {item['goal']:g}"])
     what = data["unit"].partition(";")[0].removeprefix("steps per second of ")
     yield (
         "**Training loops** (`python -m bench loops`): environment steps collected, and updates"
         f" made, in a second of {what}; fastprob ÷ upstream; returns of the seeds:"
     )
+    forms = _unique(item.get("form", "eager") for item in data["loops"])
+    for form in forms:
+        items = [item for item in data["loops"] if item.get("form", "eager") == form]
+        if len(forms) > 1:
+            yield "Eager:" if form == "eager" else f"{form[0].upper()}{form[1:]}, both sides:"
+        yield _loops_table(items)
+        missing = [
+            f"- {item['loop']}, {side}, {form}: {why}"
+            for item in items
+            for side, why in item.get("missing", {}).items()
+        ]
+        if missing:
+            yield "Did not run:"
+            yield "\n".join(missing)
+
+
+def _mujoco(data: Json) -> Iterable[str]:
+    frames = data["loops"][0]["runs"]["fastprob"][0]["frames"]
+    table = _loops_table(data["loops"])
+    what = f"HalfCheetah-v5 (`python -m bench loops --mujoco`), {frames:,} steps, for its speed"
+    yield _folded(what, table)
+
+
+def _loops_table(items: Iterable[Json]) -> str:
+    rows = []
+    for item in items:
+        row = [item["loop"]]
+        for part in ("collection", "update"):
+            rates = _rates(item, part)
+            row += [f"{rates[side]:,.0f}" if side in rates else "" for side in SIDES]
+            both = len(rates) == len(SIDES)
+            row.append(f"{rates['fastprob'] / rates['upstream']:.2f}" if both else "")
+        for side in SIDES:
+            row.append(" ".join(f"{run['final_return']:.0f}" for run in item["runs"][side]))
+        rows.append([*row, "" if item["goal"] is None else f"≥ {item['goal']:g}"])
     names = [
         name
         for part in ("collection", "update")
         for name in (f"{part}, upstream", f"{part}, fastprob", "ratio")
     ]
-    yield _table(["", *names, "returns, upstream", "returns, fastprob", "goal"], rows)
+    return _table(["", *names, "returns, upstream", "returns, fastprob", "goal"], rows)
+
+
+def _rates(item: Json, part: str) -> dict[str, float]:
+    """Steps a second by side: medians, which older files have without their spread."""
+    found = {side: speed[part] for side, speed in item["steps_per_second"].items()}
+    return {side: v["p50"] if isinstance(v, dict) else v for side, v in found.items()}
+
+
+def _slow_loops(data: Json) -> Iterable[Slow]:
+    for item in data["loops"]:
+        form = item.get("form", "eager")
+        suffix = "" if form == "eager" else f" {form}"
+        for part in ("collection", "update"):
+            rates = _rates(item, part)
+            if len(rates) == len(SIDES) and rates["fastprob"] < rates["upstream"]:
+                sides = (f"{side}{suffix}" for side in ("fastprob", "upstream"))
+                yield Slow("", item["loop"], part, *sides, rates["fastprob"] / rates["upstream"])
+
+
+# ------------------------------------------------------------------- compiled calls, matrix, graphs
+
+
+def _compiled(data: Json) -> Iterable[str]:
+    """Both sides compiled; then the comparisons of two forms of fastprob, which end in a colon."""
+    pairs: dict[str, list[list[str]]] = {}
+    for row in data.get("rows", ()):
+        what, _, names = row["case"].partition(": ")
+        first, second = names.split(", ") if names else SIDES
+        goal = row["goal"]
+        ratio = f"{row['ratio']:.2f}"
+        missed = goal is not None and row["ratio"] < goal
+        pairs.setdefault(f"{first}, {second}", []).append(
+            [
+                _times(what),
+                *(_us({"p50": us}) for us in row["us"]),
+                f"**{ratio}**" if missed else ratio,
+                "" if goal is None else f"≥ {goal:g}",
+            ]
+        )
+    for i, (names, rows) in enumerate(pairs.items()):
+        first, second = names.split(", ")
+        if i == 0:
+            yield (
+                "**Compiled calls** (`python -m bench compiled`), µs of CPU time; upstream and"
+                " fastprob under `torch.compile`:"
+            )
+        table = _table(["", first, second, f"{first} ÷ {second}", "goal"], rows)
+        yield table if i == 0 else _folded(f"fastprob {first}, and {second}", table)
+
+
+def _slow_compiled(data: Json) -> Iterable[Slow]:
+    for row in data.get("rows", ()):
+        if ": " not in row["case"] and row["ratio"] < 1:
+            sides = ("fastprob compiled", "upstream compiled")
+            yield Slow("", _times(row["case"]), "", *sides, row["ratio"])
+
+
+def _matrix(data: Json) -> Iterable[str]:
+    sides = data["sides"]
+    names = [side for side in SIDES if side in sides]
+    ran = {side: sides[side].get("ran", data.get("cells")) for side in names}
+    chosen = (
+        "the whole product, as far as it ran"
+        if data["strength"] is None
+        else f"chosen so that every combination of {data['strength']} choices occurs"
+    )
+    counts = "; ".join(f"{side} {sides[side]['passed']:,} of {ran[side]:,}" for side in names)
+    yield (
+        "**What compiles in one graph and equals eager mode**, values, keys and gradients"
+        f" (`python -m bench matrix`, {data['backend']}): {counts}. There are"
+        f" {data['product']:,} configurations; those that ran are {chosen}."
+    )
+    failed = [
+        f"- {cell}: {why}" for cell, why in sides.get("fastprob", {}).get("failed", {}).items()
+    ]
+    if failed:
+        yield _folded("Where fastprob fails", "\n".join(failed))
+    choices = sides[names[-1]]["by_choice"] if names else {}
+    rows = []
+    for axis, values in choices.items():
+        for value in values:
+            passes = (sides[side]["by_choice"].get(axis, {}).get(value) for side in names)
+            rows.append([axis, value, *("" if p is None else f"{p[0]} / {p[1]}" for p in passes)])
+    if rows:
+        yield _folded("Passes by choice", _table(["choice", "", *names], rows))
+
+
+def _graphs(data: Json) -> Iterable[str]:
+    if data["stand-in"]:
+        yield (
+            "**CUDA graphs** (`python -m bench graphs`): no GPU, so no graph was timed. What the"
+            " host does on the way, on the stand-in of the tests, µs of CPU time:"
+        )
+        rows = [[name, f"{spent['p50']:.2f}"] for name, spent in data["results"].items()]
+        yield _table(["an MLP of 3 layers and its head, 16×8", "µs"], rows)
+        return
+    yield "**CUDA graphs** (`python -m bench graphs`), µs a call of a policy, by batch size:"
+    batches = data["results"]
+    names = _unique(name for timings in batches.values() for name in timings)
+    cells = [[name, *(_us(t.get(name)) for t in batches.values())] for name in names]
+    yield _table(["", *batches], cells)
+    if data.get("rollouts"):
+        yield "Rollouts, environment steps a second:"
+        yield _table(
+            ["", "environments", "eager", "graph"],
+            [
+                [r["environment"], str(r["count"]), f"{r['eager']:,.0f}", f"{r['graph']:,.0f}"]
+                for r in data["rollouts"]
+            ],
+        )
+
+
+def _slow_graphs(data: Json) -> Iterable[Slow]:
+    if data["stand-in"]:
+        return
+    for batch, timings in data["results"].items():
+        p50 = {name: spent["p50"] for name, spent in timings.items()}
+        for form in ("", " compiled", " graph"):
+            ours, other = f"fastprob{form}", f"upstream{form}"
+            if {ours, other} <= p50.keys() and p50[other] < p50[ours]:
+                what = "policy of `bench graphs`"
+                yield Slow("", what, batch, ours, other, p50[other] / p50[ours])
 
 
 def _kernels(data: Json) -> Iterable[str]:
@@ -300,6 +522,10 @@ def _folded(summary: str, table: str) -> str:
 
 def _shape(shape: Sequence[int]) -> str:
     return "×".join(str(size) for size in shape)
+
+
+def _times(text: str) -> str:
+    return re.sub(r"(\d)x(\d)", r"\1×\2", text)
 
 
 def _number(quantiles: Json) -> str:
