@@ -136,8 +136,8 @@ def central_score(std: Central, z: Tensor, ndims: int, dtype: torch.dtype) -> Te
 def inner_mean(
     loc: Tensor,  # [*batch, *event]
     scale: Tensor,  # [*batch, *event]
-    low: Tensor | float,
-    high: Tensor | float,
+    low: Any,
+    high: Any,
 ) -> tuple[Tensor, Tensor, Central] | None:
     """The mean in place where every loc lies between its bounds; None where that is not so.
 
