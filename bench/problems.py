@@ -294,6 +294,36 @@ def safe_composite(sides: Sides, shape: Shape, device: str = "cpu") -> Problem:
     )
 
 
+def scoring(family: Family) -> Builder:
+    """Returns the builder of a case that scores stored actions by a module's ``log_prob``."""
+
+    def build(sides: Sides, shape: Shape, device: str = "cpu") -> Problem:
+        params = _params(family, shape, device)
+        stored = _stored(family, params)
+        want = family.score(params, stored if family.spec is not None else stored.double())
+
+        def make(side: str) -> Provider:
+            module = _module(sides[side], family, list(params))
+            return Provider(providers.in_turn(module.log_prob, inputs), lambda out: {"score": out})
+
+        inputs = _batches({**params, "action": stored}, shape[0], device)
+        return Problem(
+            {side: lambda side=side: make(side) for side in sides},
+            lambda seed: {"score": families.scored(Expected(want, 0.0), want)["log_prob"]},
+            moved=_bytes(params) + _bytes({"stored": stored}),
+        )
+
+    return build
+
+
+def _stored(family: Family, params: Tensors) -> Tensor:
+    """Actions as a buffer has them, drawn with a fixed seed."""
+    torch.manual_seed(0)
+    value = family.draw(params)["action"].value
+    discrete = family.spec is not None and family is not families.BERNOULLI
+    return value.to(torch.long if discrete else torch.float32)
+
+
 def training(family: Family, clipped: bool = False) -> Builder:
     """Returns the builder of a case that scores stored actions as PPO does, and differentiates.
 
@@ -305,17 +335,13 @@ def training(family: Family, clipped: bool = False) -> Builder:
     def build(sides: Sides, shape: Shape, device: str = "cpu") -> Problem:
         params = _params(family, shape, device)
         discrete = family.spec is not None
-        torch.manual_seed(0)
-        stored = family.draw(params)["action"].value.to(torch.long if discrete else torch.float32)
+        stored = _stored(family, params)
         has_entropy = family.entropy is not None
         outputs = 1 if clipped or not has_entropy else 2
         generator = torch.Generator().manual_seed(1)
-        weights = [torch.randn(shape[0], generator=generator).to(device) for _ in range(2)]
-        advantage, before = (
-            weights[0],
-            family.score(params, stored if discrete else stored.double()),
-        )
-        before = (before + 0.1 * weights[1]).float()
+        before = family.score(params, stored if discrete else stored.double())
+        weights = [torch.randn(before.shape, generator=generator).to(device) for _ in range(2)]
+        advantage, before = weights[0], (before + 0.1 * weights[1]).float()
 
         def values(log_prob: Tensor, entropy: Callable[[], Tensor]) -> list[Tensor]:
             if not clipped:

@@ -22,6 +22,9 @@ README = results.ROOT / "README.md"
 RESULTS = results.ROOT / "bench" / "results"
 Json = dict[str, Any]
 SIDES = ("upstream", "fastprob")
+# The columns of the table of families; stored actions are scored, and the score differentiated.
+STORED = {"stored actions": "score", "stored actions, fwd+bwd": "score, fwd+bwd"}
+KINDS = ("random", "safe random", "mode", "deterministic", "mean", *STORED.values())
 
 
 class NoMarkers(ValueError):
@@ -234,7 +237,8 @@ def _families(data: Json) -> Iterable[str]:
     for row in data["results"]:
         title, _, kind = row["title"].partition(", ")
         gain = row["ratios_to_fastprob"].get("upstream")
-        if gain is None or kind not in ("random", "mode", "deterministic", "mean"):
+        kind = STORED.get(kind, kind)
+        if gain is None or kind not in KINDS:
             continue
         plain = title.removeprefix("safe ")
         column = ("safe " if plain != title else "") + kind
@@ -243,11 +247,9 @@ def _families(data: Json) -> Iterable[str]:
             continue
         shapes.append(shape)
         lines.setdefault(plain, {})[column, shape] = _number(gain)
-    columns = [
-        (kind, shape)
-        for kind in ("random", "safe random", "mode", "deterministic", "mean")
-        for shape in _unique(shapes)
-    ]
+    filled = {column for cells in lines.values() for column in cells}
+    columns = [(kind, shape) for kind in KINDS for shape in _unique(shapes)]
+    columns = [column for column in columns if column in filled]
     if lines:
         table = _table(
             ["", *(f"{kind} {shape}" for kind, shape in columns)],
