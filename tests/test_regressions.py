@@ -32,6 +32,30 @@ def test_a_draw_of_a_tanh_delta_carries_no_gradient_and_its_mode_does(interactio
     assert found == [interaction == "mode"] * 2
 
 
+@pytest.mark.parametrize("kind", [F.TanhNormal, F.TruncatedNormal])
+@pytest.mark.parametrize("interaction", ["random", "deterministic"])
+def test_bounds_in_tensors_break_no_graph(kind, interaction):
+    # As a policy has them that takes its bounds from the environment's spec.
+    module = fastprob.SafeProbabilisticModule(
+        in_keys=["loc", "scale"],
+        out_keys=["action"],
+        distribution_class=kind,
+        distribution_kwargs={"low": torch.tensor([-2.0, -1.0]), "high": torch.tensor([1.0, 3.0])},
+        default_interaction_type=InteractionType(interaction),
+        return_log_prob=True,
+    )
+    td = TensorDict(loc=torch.zeros(4, 2), scale=torch.full((4, 2), 0.5), batch_size=[4])
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        expected = module(td.copy())
+        torch.manual_seed(0)
+        found = compiled(td.copy())
+    for key in ("action", "sample_log_prob"):
+        torch.testing.assert_close(found[key], expected[key])
+
+
 def test_a_composite_of_a_tensor_says_what_it_expects():
     with pytest.raises(TypeError, match=r"expects params to be a tensordict .* got Tensor"):
         F.CompositeDistribution(torch.zeros(3), {"a": D.Normal})

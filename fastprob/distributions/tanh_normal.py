@@ -357,13 +357,16 @@ def _bounds(low: Any, high: Any, safe: bool, loc: Tensor) -> Bounds:
             )
         half = (high - low) / 2
         return Bounds(half, (high + low) / 2, math.log(half), safe)
-    plain = plain_tensors_only()
+    # Before the versions are looked at: that breaks a graph. A compiled policy of 32 rows took 1.9
+    # times upstream's time in four graphs, and 0.8 times in one.
+    if not plain_tensors_only():
+        return _tensor_bounds(low, high, safe, loc)
     kind = (_version(low), _version(high), safe, loc.device, loc.dtype)
-    if plain and _latest is not None:
+    if _latest is not None:
         known_low, known_high, known_kind, bounds = _latest
         if known_low is low and known_high is high and known_kind == kind:
             return bounds
-    if not plain or None in kind:
+    if None in kind:
         return _tensor_bounds(low, high, safe, loc)
     # What is kept must serve a later backward pass as well, which an inference tensor does not.
     with torch.inference_mode(False), torch.no_grad():
