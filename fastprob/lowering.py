@@ -3,7 +3,8 @@
 `rng` registers a draw as an operator in Python, which a compiler does not look into. Called from
 compiled code, such an operator costs several times what ATen takes for a small draw. Where Inductor
 compiles for a CPU in Python, a draw from torch's default generator becomes
-`buffer.normal_()` instead: the same call as in eager mode, so that the noise is the same.
+`buffer.normal_()` instead: the same call as in eager mode, so that the noise is the same. A large
+one goes to the kernel of `native`, which draws the same numbers faster.
 
 Everything here stands on Inductor's internals, and is left out where they are not as expected: the
 operator then runs as it is.
@@ -12,9 +13,14 @@ operator then runs as it is.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
+
+import torch
+
+from fastprob import native
 
 # In place, into a contiguous buffer of the draw's own shape and dtype.
 _FILLS: dict[str, Callable[..., str]] = {
@@ -57,9 +63,20 @@ def _lower(op: Any, name: str) -> Callable[..., Any]:
             like.get_device(), like.get_dtype(), size, ir.FlexibleLayout.contiguous_strides(size)
         )
         token.realize()
-        return ir.TensorBox.create(kind(layout, token, _FILLS[name](*numbers)))
+        by_kernel = name == "standard_normal" and _large(layout) and native.available()
+        method = None if by_kernel else _FILLS[name](*numbers)
+        return ir.TensorBox.create(kind(layout, token, method))
 
     return lower
+
+
+def _large(layout: Any) -> bool:
+    """Whether `fastprob.native` may be faster than ATen; so may it be where the size is open."""
+    try:
+        numel = math.prod(int(n) for n in layout.size)
+    except TypeError:
+        numel = native.LEAST
+    return layout.dtype is torch.float32 and numel >= native.LEAST
 
 
 @functools.cache
@@ -68,9 +85,9 @@ def _fill() -> type:
     from torch._inductor.virtualized import V
 
     class Fill(ir.ExternKernelOut):
-        """A buffer that a method of its own fills."""
+        """A buffer that a method of its own fills, or the kernel of `fastprob.native`."""
 
-        def __init__(self, layout: Any, token: Any, method: str) -> None:
+        def __init__(self, layout: Any, token: Any, method: str | None) -> None:
             super().__init__(layout, [token])
             self.method = method
             token = self.inputs[0]
@@ -83,7 +100,11 @@ def _fill() -> type:
             if name in V.graph.removed_buffers:
                 # Nobody reads it, so that nobody has made it; the generator moves on all the same.
                 wrapper.writeline(wrapper.make_buffer_allocation(self))
-            wrapper.writeline(f"{name}.{self.method}")
+            if self.method is None:
+                wrapper.add_import_once("from fastprob import native as fastprob_native")
+                wrapper.writeline(f"fastprob_native.normal_in_graph({name})")
+            else:
+                wrapper.writeline(f"{name}.{self.method}")
 
         def has_side_effects(self) -> bool:
             return True

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = {
     "rng": "base",
     "lowering": "base",
+    "native": "base",
     "backend": "base",
     "counter": "base",
     "interaction": "distributions",

@@ -149,6 +149,10 @@ def sample_score(
     """
     if wants_function(loc, scale) and not bounds.learned:
         return _SampleScore.apply(loc, scale, noise, bounds, ndims)
+    if torch.compiler.is_compiling():
+        return reference.sample_score(
+            loc, scale, noise, bounds.half, bounds.mid, bounds.log_half, bounds.safe, ndims
+        )
     x = normal_reference.sample(loc, scale, noise)
     # The score first: x is spent then, and its memory becomes the value's where no gradient needs
     # it.
