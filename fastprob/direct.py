@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch import distributions as D
 
-from fastprob import backend
+from fastprob import backend, native
 from fastprob.distributions import IndependentNormal
 from fastprob.distributions._base import RANDOM
 from fastprob.interaction import current_type
@@ -111,10 +111,15 @@ class Straight:
             return False
         key = (n, -HALF_LOG_2PI, -1, dtype)
         offset, weights = kept_vectors.get(key) or vectors(*key)
-        noise = torch.randn_like(loc, memory_format=_contiguous)
-        value = torch.addcmul(loc, noise, scale)
+        if native.kernel is None or rows * n < native.LEAST:
+            noise = torch.randn_like(loc, memory_format=_contiguous)
+        else:
+            noise = native.normal_(torch.empty_like(loc, memory_format=_contiguous))
         energy = torch.log(scale).addcmul_(noise, noise, value=0.5)
         score = torch.addmv(offset, energy, weights)
+        # In the memory of the noise: a third tensor takes 1.4 times as long at 32768 x 8, where it
+        # comes in fresh pages.
+        value = torch.addcmul(loc, noise, scale, out=noise)
         if module._projections is not None:
             ((_, value),) = module._project([(self.sample, value)])
         # What TensorDict.set does with a checked entry of an unlocked tensordict.

@@ -50,7 +50,7 @@ class _NormalBase(Fused):
             noise = rng.standard_normal_like(loc)
         if pathwise or not torch.is_grad_enabled():
             if score:
-                return ops.sample_score(loc, scale, noise, self._ndims)
+                return ops.sample_score(loc, scale, noise, self._ndims, True)
             return ops.sample(loc, scale, noise), None
         with torch.no_grad():
             value = ops.sample(loc, scale, noise)

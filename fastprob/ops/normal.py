@@ -118,7 +118,9 @@ def sample(loc: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
     return reference.sample(loc, scale, noise)
 
 
-def sample_score(loc: Tensor, scale: Tensor, noise: Tensor, ndims: int) -> tuple[Tensor, Tensor]:
+def sample_score(
+    loc: Tensor, scale: Tensor, noise: Tensor, ndims: int, spent: bool = False
+) -> tuple[Tensor, Tensor]:
     """Reparameterized value and its log-density, from one draw of noise.
 
     Args:
@@ -126,13 +128,14 @@ def sample_score(loc: Tensor, scale: Tensor, noise: Tensor, ndims: int) -> tuple
         scale: `[*batch, *event]`.
         noise: standard normal, `[*sample, *batch, *event]`.
         ndims: number of event dimensions.
+        spent: whether the noise is of no use to the caller any more.
 
     Returns:
         value `[*sample, *batch, *event]`, log-density `[*sample, *batch]`.
     """
     if _grad_enabled() and wants_function(loc, scale):
         return _SampleScore.apply(loc, scale, noise, ndims)
-    return reference.sample_score(loc, scale, noise, ndims)
+    return reference.sample_score(loc, scale, noise, ndims, spent)
 
 
 def log_prob(
