@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprob.reference._reduce import functorch_level
+
 __all__ = ["build"]
 
 # Below it ATen is as fast: 2.2 us either way at 512, 7.8 against 4.6 at 2048.
@@ -178,6 +180,8 @@ def build() -> None:
             that draws in another way.
     """
     global kernel
+    if kernel is not None:
+        return
     reason = _build()
     if isinstance(reason, str):
         raise RuntimeError(f"the noise kernel cannot be used: {reason}")
@@ -234,11 +238,16 @@ def _run(fill: Any, buffer: Tensor, generator: torch.Generator) -> None:
     generator.set_state(state)
 
 
+def serves(like: Tensor) -> bool:
+    """Whether `normal_` may fill what is made like a tensor; which vmap would batch, it may not."""
+    return like.dtype is torch.float32 and like.is_cpu and functorch_level() is None
+
+
 def normal_(buffer: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Fills a buffer with standard normal noise: what `Tensor.normal_` draws.
 
     Args:
-        buffer: a plain tensor, of any shape, dtype and device.
+        buffer: of any shape, dtype and device.
         generator: source of the noise; None for torch's default one.
 
     Returns:
@@ -250,6 +259,7 @@ def normal_(buffer: Tensor, generator: torch.Generator | None = None) -> Tensor:
         or buffer.numel() < LEAST
         or not buffer.is_cpu
         or not buffer.is_contiguous()
+        or type(buffer) is not Tensor  # a FakeTensor has no memory
     ):
         return buffer.normal_(generator=generator)
     _run(kernel, buffer, torch.default_generator if generator is None else generator)

@@ -29,7 +29,7 @@ from tensordict.tensorclass import is_non_tensor
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from fastprob import lowering
+from fastprob import lowering, native
 from fastprob.counter import Counter, CounterStream, SeedCounter
 from fastprob.reference import philox
 
@@ -62,6 +62,8 @@ def standard_normal(
         return standard_normal_like(like)
     if not like.dtype.is_floating_point:
         raise _needs_floats(like)
+    if native.kernel is not None and native.serves(like):
+        return native.normal_(torch.empty(shape, dtype=like.dtype, device=like.device), generator)
     return torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
 
 
@@ -79,6 +81,8 @@ def standard_normal_like(like: Tensor) -> Tensor:
     """
     if _is_compiling():
         return _compiled_normal(like.shape, like, None)
+    if native.kernel is not None and native.serves(like):
+        return native.normal_(torch.empty_like(like, memory_format=_contiguous))
     try:
         # 3.5 us on a 16 x 8 tensor, where torch.randn(shape, dtype=, device=) takes 6.9.
         return torch.randn_like(like, memory_format=_contiguous)
@@ -93,7 +97,7 @@ def normal_filler(generator: torch.Generator | None) -> Callable[[Tensor], Tenso
 
     Not for a `CounterStream`, of which two draws do not continue each other.
     """
-    return lambda buffer: buffer.normal_(generator=generator)
+    return lambda buffer: native.normal_(buffer, generator)
 
 
 def counted(generator: Any) -> bool:
@@ -267,6 +271,8 @@ def _next_seed(generator: torch.Generator) -> Tensor:
 
 
 def _normal_impl(generator, size, like):
+    if native.kernel is not None and native.serves(like):
+        return native.normal_(torch.empty(size, dtype=like.dtype, device=like.device), generator)
     return torch.randn(size, dtype=like.dtype, device=like.device, generator=generator)
 
 
