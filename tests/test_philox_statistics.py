@@ -14,6 +14,7 @@ from scipy import special, stats
 
 from fastprob.counter import CounterStream
 from fastprob.distributions.bernoulli import Bernoulli
+from fastprob.distributions.beta import Beta
 from fastprob.distributions.categorical import Categorical
 from fastprob.distributions.truncated_normal import TruncatedNormal
 from fastprob.reference import philox
@@ -220,6 +221,45 @@ def test_truncated_normal_draws():
         check_distribution(x, exact.cdf)
         check_moments(x, [exact.moment(k) for k in range(1, 9)])
         check_independent(x[:, 0], x[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "dtype"),
+    [
+        (1.0, 1.0, torch.float32),
+        (2.0, 5.0, torch.float32),
+        (200.0, 3.0, torch.float32),
+        (5e3, 7e3, torch.float32),
+        # Below 1 a draw comes closer to the ends than float32 can tell.
+        (0.7, 1.5, torch.float64),
+        (0.3, 0.2, torch.float64),
+        (0.02, 40.0, torch.float64),
+    ],
+)
+def test_beta_draws(a, b, dtype):
+    stream = CounterStream(SEED)
+    exact = stats.beta(a, b)
+    parameters = (torch.full((COUNT // 8, 2), c, dtype=dtype) for c in (a, b))
+    dist = Beta(*parameters, validate_args=False)
+    x, y = (dist.rsample_and_log_prob(generator=stream)[0] for _ in "xy")
+    assert x.min() > 0 and x.max() < 1
+    check_distribution(x, exact.cdf)
+    # Each is the one before times (a + k) / (a + b + k); scipy's eighth at 0.02 is off by 100.
+    moments = [math.prod((a + i) / (a + b + i) for i in range(k)) for k in range(1, 9)]
+    check_moments(x, moments)
+    check_independent(x[:, 0], x[:, 1])
+    check_independent(x[1:], x[:-1])
+    check_independent(x, y)
+
+
+def test_tiny_concentrations_of_a_beta():
+    """A draw lies at one end or the other, as often as the two concentrations say."""
+    n = 1 << 17
+    for a, b in ((1e-6, 1e-6), (1e-30, 3e-30), (3e-6, 1e-6)):
+        dist = Beta(torch.full((n,), a), torch.full((n,), b), validate_args=False)
+        x = dist.rsample_and_log_prob(generator=CounterStream(SEED))[0]
+        assert ((x < 1e-30) | (x > 1 - 1e-6)).float().mean() > 0.999
+        check_rate(int((x > 0.5).sum()), n, a / (a + b))
 
 
 def test_categorical_draws():

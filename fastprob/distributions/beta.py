@@ -10,6 +10,7 @@ from torch import Tensor
 from torch import distributions as D
 from torch.distributions import constraints
 
+from fastprob import backend
 from fastprob.distributions._base import (
     EMPTY,
     MEDIAN,
@@ -35,6 +36,8 @@ class _BetaBase(Fused):
 
     def _draw(self, shape, generator, score, pathwise):
         a, b = self.concentration1, self.concentration0
+        if backend.serves(a):
+            return ops.draw(a, b, shape, self._ndims, generator, score=score, pathwise=pathwise)
         if score and (pathwise or not torch.is_grad_enabled()):
             return ops.sample_score(a, b, shape, generator, self._ndims)
         if pathwise or not torch.is_grad_enabled():
@@ -46,24 +49,50 @@ class _BetaBase(Fused):
 
     def _point(self, interaction: InteractionType, score: bool):
         a, b = self.concentration1, self.concentration0
+        served = backend.serves(a)
+        if served and interaction is not MEDIAN:
+            kind = ops.MODE if interaction is MODE else ops.MEAN
+            return ops.draw(a, b, EMPTY, self._ndims, kind=kind, score=score)
         if interaction is MODE:
             value = ops.mode(a, b)
         elif interaction is MEDIAN:
             value = ops.median(a, b)
         else:
             value = ops.mean(a, b)
-        return value, ops.log_prob(a, b, value, self._ndims) if score else None
+        if not score:
+            return value, None
+        if served:
+            return value, ops.score_given(a, b, value, self._ndims)[0]
+        return value, ops.log_prob(a, b, value, self._ndims)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of `value`, `[*sample, *batch]`."""
         # torch fails to reshape an empty value for its check of an event.
         if self._checks(value) and value.numel():
             self._validate_sample(value)
-        return ops.log_prob(self.concentration1, self.concentration0, value, self._ndims)
+        a, b = self.concentration1, self.concentration0
+        if backend.serves(a):
+            return ops.score_and_entropy(a, b, value, self._ndims, self._memo())
+        return ops.log_prob(a, b, value, self._ndims)
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, `[*batch]`."""
-        return ops.entropy(self.concentration1, self.concentration0, self._ndims)
+        a, b = self.concentration1, self.concentration0
+        if backend.serves(a):
+            return ops.entropy_given(a, b, self._ndims, self._memo())
+        return ops.entropy(a, b, self._ndims)
+
+    def _memo(self) -> dict[str, Any] | None:
+        """What a score keeps for the entropy, which a loss with gradients asks for next."""
+        a, b = self.concentration1, self.concentration0
+        # A leaf may be asked for two backward passes, which one node for both would not survive.
+        made = a.grad_fn is not None and b.grad_fn is not None
+        if not made or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        memo = self.__dict__.get("_shared")
+        if memo is None or memo["of"][0] is not a or memo["of"][1] is not b:
+            memo = self._shared = {"of": (a, b)}
+        return memo
 
     @property
     def variance(self) -> Tensor:

@@ -1,0 +1,123 @@
+"""The specialisations of Beta's kernels whose machine code is looked at."""
+
+from __future__ import annotations
+
+import torch
+
+from fastprob.kernels import beta
+from fastprob.kernels._launch import FLAT_TILE
+from tests.kernels.codegen_normal import ROWS, tiling
+from tests.kernels.machine import Case
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KINDS = {beta.RANDOM: "draw", beta.MEAN: "mean", beta.MODE: "mode", beta.GIVEN: "score"}
+
+
+def types(dtype: str) -> dict[str, str]:
+    floats = [
+        "conc1", "conc0", "value", "score", "entropy", "grad_value", "grad_score", "grad_entropy",
+        "grad_conc1", "grad_conc0", "grad_scored",
+    ]  # fmt: skip
+    integers = [
+        "seed", "call", "total_rows", "total", "rows", "conc1_row", "conc1_column", "conc0_row",
+        "conc0_column", "value_row", "value_column", "upstream_row", "upstream_column",
+    ]  # fmt: skip
+    return {
+        **dict.fromkeys(floats, f"*{dtype}"),
+        **dict.fromkeys(integers, "i64"),
+        **dict.fromkeys(("by_conc1", "by_conc0"), "*fp32"),
+        "state": "*i64",
+        "ticket": "*i32",
+    }
+
+
+def _size(dtype: str) -> int:
+    return 4 if dtype == "fp32" else 2
+
+
+def draw(
+    a: int, dtype: str, slots: float | None = None, everywhere: bool = False,
+    kind: int = beta.RANDOM, score: bool = True, entropy: bool = False,
+) -> Case:  # fmt: skip
+    grid = beta.tiling(ROWS, a)
+    least, most = beta.limits(DTYPES[dtype])
+    random = kind == beta.RANDOM
+    constants = {
+        **tiling(grid, a), "CONC1": 0, "CONC0": 0, "KIND": kind, "LEAST": least, "MOST": most,
+        "SCORE": score, "ENTROPY": entropy, "HOST": not random, "ADVANCE": random, "FAST": True,
+        "seed": None, "call": None, "used": None,
+    }  # fmt: skip
+    wanted = {"score": score, "entropy": entropy, "state": random, "ticket": random}
+    constants.update(dict.fromkeys((n for n, needed in wanted.items() if not needed), None))
+    name = f"beta-{KINDS[kind]}-{a}-{dtype}" + ("" if score else "-alone")
+    name += "-entropy" if entropy else ""
+    # A wide row is one program, chunk by chunk.
+    return Case(
+        name, beta.draw_kernel, types(dtype), constants, grid.warps,
+        grid.count if grid.wide else grid.tile, (3 + (score + entropy) / a) * _size(dtype), slots,
+        vectors=not grid.wide, everywhere=everywhere, accesses=_accesses(grid, dtype, 2, 1),
+    )  # fmt: skip
+
+
+def score(a: int, dtype: str, slots: float, everywhere: bool = False, entropy: bool = True) -> Case:
+    grid = beta.tiling(ROWS, a)
+    constants = {
+        **tiling(grid, a), "CONC1": 0, "CONC0": 0, "VALUE": 0, "SCORE": True, "ENTROPY": entropy,
+        "FAST": True, **({} if entropy else {"entropy": None}),
+    }  # fmt: skip
+    name = f"beta-score{'-entropy' if entropy else ''}-{a}-{dtype}"
+    return Case(
+        name, beta.score_kernel, types(dtype), constants, grid.warps, grid.tile,
+        (3 + (1 + entropy) / a) * _size(dtype), slots, everywhere=everywhere,
+        accesses=_accesses(grid, dtype, 3, 0),
+    )  # fmt: skip
+
+
+def backward(a: int, dtype: str, kind: int, slots: float, everywhere: bool = False) -> Case:
+    count, warps = FLAT_TILE
+    given = kind == beta.GIVEN
+    constants = {
+        "A": a, "COUNT": count, "CONC1": 0, "CONC0": 0, "VALUE": 0, "UPSTREAM": 0, "KIND": kind,
+        "BY_VALUE": not given, "BY_SCORE": True, "BY_ENTROPY": given, "TO_VALUE": False,
+        "FAST": True, "grad_scored": None,
+        **({"grad_value": None} if given else {"grad_entropy": None}),
+        **({} if kind == beta.RANDOM else {"by_conc1": None, "by_conc0": None}),
+    }  # fmt: skip
+    moved = (5 + 2 / a if given else 6 + 1 / a) * _size(dtype) + (8 if kind == beta.RANDOM else 0)
+    return Case(
+        f"beta-{KINDS[kind]}-backward-{a}-{dtype}", beta.backward_kernel, types(dtype), constants,
+        warps, count, moved, slots, everywhere=everywhere,
+    )  # fmt: skip
+
+
+def _accesses(grid, dtype: str, loads: int, stores: int) -> tuple[int, int]:
+    """128-bit loads and stores of a thread for so many tensors."""
+    each = grid.count * _size(dtype) // (32 * grid.warps) // 16
+    return loads * each, stores * each
+
+
+# What was measured and at most 15%. The shortest way makes one try of 119 slots, and a tile makes
+# two or three; a branch for concentrations below 1 is left out. fp32 is bound by memory below 97.
+# AMD's compiler keeps two scalars of a draw at A = 8 in lanes of a vector register, which counts as
+# a spill there: A = 1 and 17 are compiled for it.
+CASES = [
+    draw(8, "fp32", 310),
+    draw(8, "bf16", 310),
+    draw(8, "fp32", 208, score=False),
+    draw(8, "fp32", 352, entropy=True),
+    draw(8, "fp32", 126, kind=beta.MEAN),
+    draw(8, "fp32", 138, kind=beta.MODE),
+    draw(1, "fp32", 305, everywhere=True),
+    draw(17, "fp32", 346, everywhere=True),
+    draw(64, "fp32", 317),
+    draw(257, "fp32", 335),
+    draw(1500, "fp32", 318),
+    score(8, "fp32", 160, everywhere=True),
+    score(8, "fp32", 122, entropy=False),
+    score(17, "fp32", 199),
+    score(8, "bf16", 160),
+    backward(8, "fp32", beta.RANDOM, 140, everywhere=True),
+    backward(8, "fp32", beta.GIVEN, 168, everywhere=True),
+    backward(17, "fp32", beta.GIVEN, 184),
+    backward(8, "bf16", beta.GIVEN, 163),
+]
