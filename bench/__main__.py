@@ -24,13 +24,17 @@ examples:
   python -m bench --quick            the same, shortened for CI (< 30 s), nothing written
   python -m bench calls              times of single calls, and the targets met and missed
   python -m bench calls --null       upstream against itself: the error of the timer
-  python -m bench loops              PPO and SAC, three seeds a side
+  python -m bench loops              PPO and SAC, eager (three seeds a side), then compiled
   python -m bench gpu --out DIR      on a machine with a GPU: tests, then all its figures
   python -m bench report             write README.md's tables from the result files
 
 The exit status is 0 only where every check of correctness passed; a missed speed target is printed
 and does not change it.
 """
+
+
+# A GPU machine has neither; what it is for needs neither.
+OPTIONAL = ("gymnasium", "matplotlib")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "compiled": Command(
         "bench.compiled", "compiled calls, upstream beside fastprob, and one ahead of time"
+    ),
+    "opaque": Command(
+        "bench.opaque", "whether compiled graphs should hold a family's operator or Inductor's code"
     ),
     "matrix": Command(
         "bench.matrix",
@@ -105,7 +112,13 @@ def main(argv: list[str] | None = None) -> int:
         command.options(commands.add_parser(name, help=command.help, description=text))
     args = parser.parse_args(argv)
     module = COMMANDS[args.command].module if args.command else "bench.train"
-    return importlib.import_module(module).run(args)
+    try:
+        return importlib.import_module(module).run(args)
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        print(f"this needs {error.name}, which is not installed: pip install -e '.[bench]'")
+        return 2
 
 
 if __name__ == "__main__":

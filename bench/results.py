@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "tensordict", "torchrl", "gymnasium", "triton", "numpy")
+PACKAGES = ("torch", "tensordict", "torchrl", "gymnasium", "mujoco", "triton", "numpy")
 
 
 def pick_device(wanted: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
 import re
@@ -400,17 +401,26 @@ def test_a_red_gate_ends_it(tmp_path, capfd):
     assert (tmp_path / "ran").exists()
 
 
-BARE = """
+# Not on a GPU machine, which has torch, triton, tensordict, torchrl, pytest and what these need.
+ABSENT = ("rich", "matplotlib", "gymnasium", "scipy", "hypothesis")
+BARE = f"""
 import sys
-for name in ("rich", "matplotlib", "gymnasium", "scipy", "hypothesis"):
+for name in {ABSENT}:
     sys.modules[name] = None
 import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda n, *a: None if n == "gymnasium" else find(n, *a)
+import torch
+torch.cuda.is_available = lambda: False
+from bench import scaling
 from bench.__main__ import main
+scaling.FAMILY_NAMES = ("normal",)
 out = sys.argv[1]
+assert main(["gpu", "--out", out]) == 0
 assert main(["calls", "--quick", "--case", "delta", "--out", out]) == 0
 assert main(["loops", "--quick", "--loop", "ppo_masked", "--out", out]) == 0
+assert main(["scaling", "--quick", "--out", out]) == 0
+assert main(["--quick"]) == 2
 """
 
 
@@ -424,7 +434,39 @@ def test_the_gpu_path_needs_torchrl_and_no_more(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "Delta, random" in done.stdout and "[/]" not in done.stdout
-    assert {p.name for p in tmp_path.iterdir()} == {"calls.json", "loops.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"calls.json", "loops.json", "scaling.json"}
+    for left_out in (
+        "no GPU here: nothing was run",
+        "no curves: ",
+        "no plot: ",
+        "needs gymnasium, which is not installed: pip install -e '.[bench]'",
+    ):
+        assert left_out in done.stdout
+
+
+def test_the_gate_imports_what_a_gpu_machine_has():
+    def imported(path):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+    todo = [ROOT / path for path in gpu.gate_files()]
+    todo += [ROOT / "tests" / "conftest.py", ROOT / "tests" / "kernels" / "conftest.py"]
+    seen, absent = set(), []
+    while todo:
+        path = todo.pop()
+        if path in seen or not path.is_file():
+            continue
+        seen.add(path)
+        for name in imported(path):
+            absent += [f"{path.name}: {name}"] if name.partition(".")[0] in ABSENT else []
+            # A module, or a name of one.
+            parts = name.split(".")
+            todo += [ROOT.joinpath(*p).with_suffix(".py") for p in (parts, parts[:-1]) if p]
+    assert absent == []
+    assert {"accuracy.py", "test_normal.py"} <= {path.name for path in seen}
 
 
 # ------------------------------------------------------------------------------------------ report

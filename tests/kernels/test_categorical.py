@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from scipy import stats
 from tensordict.nn import InteractionType
 
 from fastprob import backend
@@ -323,7 +322,10 @@ def test_frequencies(device):
         expected = w / w.sum() * rows
         assert (seen[expected == 0] == 0).all()
         kept = expected > 0
-        assert stats.chisquare(seen[kept].cpu(), expected[kept].cpu()).pvalue > 1e-3
+        statistic = ((seen - expected).square() / expected)[kept].sum()
+        # The chi-square tail; a GPU machine has no scipy.
+        freedom = (kept.sum() - 1).double()
+        assert torch.special.gammaincc(freedom / 2, statistic / 2) > 1e-3
 
 
 @pytest.mark.parametrize("a", [3, 64, 257, 4096])
