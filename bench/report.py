@@ -94,6 +94,7 @@ def section(folder: Path) -> str:
     parts: list[tuple[str, Callable[[Json], Iterable[str]], Callable[[Json], Iterable[Slow]]]] = [
         ("calls", _calls, _slow_calls),
         ("compiled", _compiled, _slow_compiled),
+        ("opaque", _opaque, _no_slow),
         ("matrix", _matrix, _no_slow),
         ("graphs", _graphs, _slow_graphs),
         ("scaling", _scaling, _slow_scaling),
@@ -426,6 +427,26 @@ def _slow_compiled(data: Json) -> Iterable[Slow]:
         if ": " not in row["case"] and row["ratio"] < 1:
             sides = ("fastprob compiled", "upstream compiled")
             yield Slow("", _times(row["case"]), "", *sides, row["ratio"])
+
+
+def _opaque(data: Json) -> Iterable[str]:
+    """What a compiled graph should hold, by family and pass."""
+    rows = [
+        [
+            *(row["family"], row["call"], row["pass"], _shape(row["shape"])),
+            *(_us({"p50": row["us"][name]}) for name in ("operator", "Inductor")),
+            *(f"{row['ratio']:.2f}", row["decision"]),
+        ]
+        for row in data["rows"]
+    ]
+    kept = sum(row["decision"] == "operator" for row in data["rows"])
+    what = (
+        "What a compiled graph should hold (`python -m bench opaque`): fastprob's operator in"
+        f" {kept} of {len(rows)} cases, where Inductor's own code takes {data['limit']:g} times as"
+        " long, µs"
+    )
+    header = ["", "", "pass", "shape", "operator", "Inductor", "Inductor ÷ operator", "decision"]
+    yield _folded(what, _table(header, rows))
 
 
 def _matrix(data: Json) -> Iterable[str]:
