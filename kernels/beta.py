@@ -610,11 +610,13 @@ def _backward_tile(
                 along += by_row * slope
     if KIND == _RANDOM:
         if WHOLE:
-            grad_a += along * tl.load(by_conc1 + start + i)
-            grad_b += along * tl.load(by_conc0 + start + i)
+            slope_a = tl.load(by_conc1 + start + i)
+            slope_b = tl.load(by_conc0 + start + i)
         else:
-            grad_a += along * tl.load(by_conc1 + start + i, mask=inside, other=0.0)
-            grad_b += along * tl.load(by_conc0 + start + i, mask=inside, other=0.0)
+            slope_a = tl.load(by_conc1 + start + i, mask=inside, other=0.0)
+            slope_b = tl.load(by_conc0 + start + i, mask=inside, other=0.0)
+        grad_a += along * (slope_a * y)
+        grad_b -= along * (slope_b * x)
     elif KIND == _MEAN:
         grad_a += along * (y * by_total)
         grad_b -= along * (x * by_total)
@@ -842,7 +844,7 @@ def score_backward(
 
 
 def slopes(concentration1: Tensor, concentration0: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The derivatives of a drawn value by the concentrations, fp32, by ATen: a launch for each.
+    """`dx/da / (1 - x)` and `-dx/db / x` of a drawn value x, fp32, by ATen: a launch for each.
 
     Implicit reparameterization (Figurnov et al. 2018, https://arxiv.org/abs/1805.08498). ATen
     picks one of four expansions for each element; a tile would compute all of them.
@@ -851,10 +853,11 @@ def slopes(concentration1: Tensor, concentration0: Tensor, value: Tensor) -> tup
         t.to(torch.float32).broadcast_to(value.shape)
         for t in (concentration1, concentration0, value)
     )
-    y, total = 1.0 - x, a + b
+    total = a + b
     by_a = torch._dirichlet_grad(x, a, total)  # type: ignore[attr-defined]
-    by_b = torch._dirichlet_grad(y, b, total)  # type: ignore[attr-defined]
-    return by_a.mul_(y), by_b.mul_(x).neg_()
+    by_b = torch._dirichlet_grad(1.0 - x, b, total)  # type: ignore[attr-defined]
+    # Nothing to do but for transposed concentrations, which ATen may follow.
+    return by_a.contiguous(), by_b.contiguous()
 
 
 def _backward(
