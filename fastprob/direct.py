@@ -5,6 +5,10 @@ a CPU, without gradients: five tensor operations. Building the distribution and 
 layers took 1.3 times as long again at 16 x 8, so this call is written out in one frame, which takes
 0.5 times as long. What it does is what `ProbabilisticTensorDictModule.forward` does, and everything
 out of the ordinary is left to that.
+
+A graph that `torch.compile` makes holds the same operations either way, but guards whatever it was
+traced through: functions, modules and attributes. Traced through this file, a call of Inductor's
+code at 16 x 8 checks them in 3.5 us in place of 5.9, of 28 in all.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from torch import Tensor
 from torch import distributions as D
 
 from fastprob import backend, native
-from fastprob.distributions import IndependentNormal
+from fastprob.distributions import IndependentNormal, TanhNormal
 from fastprob.distributions._base import RANDOM
 from fastprob.interaction import current_type
 from fastprob.io import skips_existing
@@ -24,7 +28,11 @@ from fastprob.keys import aggregate_mode
 from fastprob.reference._chunks import PIECE
 from fastprob.reference._reduce import WIDEST, functorch_level, kept_vectors, vectors
 from fastprob.reference.normal import HALF_LOG_2PI
+from fastprob.reference.tanh_normal import sample_score as tanh_sample_score
+from fastprob.rng import DRAWS as _draws
+from fastprob.rng import TOKEN as _token
 
+_is_exporting = torch.compiler.is_exporting
 _grad_enabled = torch.is_grad_enabled
 _contiguous = torch.contiguous_format
 _Distribution = D.Distribution
@@ -38,16 +46,17 @@ class Straight:
         scale: key of the standard deviation.
         sample: key of the value.
         score: key of the log-probability.
+        squashed: whether it is a TanhNormal, which is straight in graphs alone.
     """
 
-    __slots__ = ("loc", "sample", "scale", "score")
+    __slots__ = ("loc", "sample", "scale", "score", "squashed")
 
     @classmethod
     def of(cls, module: Any) -> Straight | None:
         """The straight call of a module, or None where it has none."""
         keywords = [k if isinstance(k, str) else k[-1] for k in module.dist_keys]
         if (
-            module._build is not IndependentNormal
+            (module._build is not IndependentNormal and module._build is not TanhNormal)
             or sorted(keywords) != ["loc", "scale"]
             or not module.return_log_prob
             or module.num_samples is not None
@@ -59,6 +68,7 @@ class Straight:
         named = dict(zip(keywords, module.in_keys, strict=True))
         self.loc, self.scale = named["loc"], named["scale"]
         self.sample, self.score = module._out_keys[0], module._lp.only
+        self.squashed = module._build is TanhNormal
         keys = (self.loc, self.scale, self.sample, self.score)
         return self if all(type(k) is str for k in keys) else None
 
@@ -123,6 +133,59 @@ class Straight:
         if module._projections is not None:
             ((_, value),) = module._project([(self.sample, value)])
         # What TensorDict.set does with a checked entry of an unlocked tensordict.
+        entries[self.sample] = value
+        entries[self.score] = score
+        return True
+
+    def trace(self, module: Any, tensordict: Any) -> bool:
+        """Makes the call in a graph that is being made, if it is one of those.
+
+        Also with gradients, and with any number of batch dimensions.
+
+        Args:
+            module: the module called.
+            tensordict: a `TensorDict`, which is written to.
+
+        Returns:
+            whether the call was made; if not, nothing was changed.
+        """
+        if (
+            _is_exporting()
+            or skips_existing()
+            or module.distribution_kwargs
+            or _Distribution._validate_args
+            or (not aggregate_mode()) is module._lp.aggregate
+            or (current_type() or module.default_interaction_type) is not RANDOM
+            or tensordict._is_locked
+            or tensordict._device is not None
+            or backend.mode == "triton"
+        ):
+            return False
+        entries = tensordict._tensordict
+        loc, scale = entries.get(self.loc), entries.get(self.scale)
+        if not isinstance(loc, Tensor) or not isinstance(scale, Tensor):
+            return False
+        shape = loc.shape
+        batch_size = tensordict._batch_size
+        ndim = len(batch_size)
+        if (
+            loc.ndim <= ndim
+            or scale.shape != shape
+            or scale.dtype is not loc.dtype
+            or not loc.is_cpu
+            or not scale.is_cpu
+            or shape[:ndim] != batch_size
+        ):
+            return False
+        noise = _draws.standard_normal.default(shape, loc, _token)
+        if self.squashed:
+            value, score = tanh_sample_score(loc, scale, noise, 1.0, 0.0, 0.0, True, 1)
+        else:
+            value = torch.addcmul(loc, noise, scale)
+            energy = torch.addcmul(torch.log(scale), noise, noise, value=0.5)
+            score = energy.sum(-1).mul(-1).add(-HALF_LOG_2PI * shape[-1])
+        if module._projections is not None:
+            ((_, value),) = module._project([(self.sample, value)])
         entries[self.sample] = value
         entries[self.score] = score
         return True

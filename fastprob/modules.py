@@ -108,7 +108,7 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
     # What `safe=True` adds: the projection of each sampled key. None costs one test a call.
     _projections: Projections | None = None
 
-    # The straight call of this configuration, or None; worked out at the first call.
+    # The straight call of this configuration, or None; worked out at the end of construction.
     _straight: Straight | None = _UNSET
 
     # Whether a stream's state is part of the state_dict; not where it keeps upstream's keys.
@@ -177,6 +177,7 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             # A child, which moves with the module and is saved with it.
             self.counter_stream = generator
         self._dist = None
+        self._find_straight()
 
     # configuration --------------------------------------------------------------------------
 
@@ -408,13 +409,15 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             and tensordict_out is _UNSET
             and _requires_sample is _UNSET
             and interaction_type is None
-            and not (args or kwargs or _is_compiling())
+            and not (args or kwargs)
         ):
             straight = self._straight
-            if straight is _UNSET:
-                straight = self._find_straight()
-            if straight is not None and straight.run(self, tensordict):
-                return tensordict
+            if straight is not None and straight is not _UNSET:
+                if _is_compiling():
+                    if straight.trace(self, tensordict):
+                        return tensordict
+                elif not straight.squashed and straight.run(self, tensordict):
+                    return tensordict
         elif kwargs or args or not is_tensor_collection(tensordict):
             if interaction_type is not None:
                 kwargs["interaction_type"] = interaction_type
@@ -505,19 +508,19 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             self._stream.close(holders, generator, successor)  # type: ignore[union-attr]
         return out
 
-    def _find_straight(self) -> Straight | None:
+    def _find_straight(self) -> None:
         own = type(self).get_dist is ProbabilisticTensorDictModule.get_dist
         found = Straight.of(self) if own and "get_dist" not in self.__dict__ else None
         self.__dict__["_straight"] = found
-        return found
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "distribution_class" and isinstance(value, nn.Module):
             # Kept as a child by now, past the property.
             ProbabilisticTensorDictModule.distribution_class.__set__(self, value)
-        # Whatever was changed, the straight call is looked for anew.
-        self.__dict__.pop("_straight", None)
+        # Whatever was changed, the straight call is looked for anew; not before there was one.
+        if self.__dict__.pop("_straight", _UNSET) is not _UNSET and not _is_compiling():
+            self._find_straight()
 
     def _dispatch(self, first: Any, second: Any, third: Any, rest: tuple, named: dict) -> Any:
         """A call with tensors: the positional ones are parameters, not what `forward` names."""

@@ -9,6 +9,7 @@ from tensordict.nn import set_composite_lp_aggregate, set_skip_existing
 from torch import distributions as D
 
 from fastprob import (
+    InteractionType,
     ProbabilisticTensorDictModule,
     SafeProbabilisticModule,
     set_interaction_type,
@@ -91,6 +92,93 @@ def test_equals_the_general_call_bit_for_bit(runs, dtype, rows, n, batch, device
         assert straight[key].dtype == dtype
         assert torch.equal(straight[key], other[key])
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """Whether each call that reached the straight one of a graph was made by it."""
+    seen: list[bool] = []
+    trace = Straight.trace
+
+    def record(self, module, tensordict):
+        seen.append(trace(self, module, tensordict))
+        return seen[-1]
+
+    monkeypatch.setattr(Straight, "trace", record)
+    torch._dynamo.reset()
+    yield seen
+    torch._dynamo.reset()
+
+
+def compiled(module, td):
+    torch._dynamo.reset()
+    torch.manual_seed(3)
+    return torch.compile(module, backend="aot_eager", fullgraph=True)(td)
+
+
+@pytest.mark.parametrize("family", [IndependentNormal, TanhNormal])
+@pytest.mark.parametrize("batch", [[5], [], [2, 3]])
+@pytest.mark.parametrize("safe", [False, True])
+def test_graph_equals_that_of_the_general_call(traces, family, batch, safe):
+    args = {**ARGS, "distribution_class": family}
+    if safe:
+        spec = Bounded(-0.5, 0.5, shape=(3,))
+        module = SafeProbabilisticModule(**args, spec=spec, safe=True)
+    else:
+        module = ProbabilisticTensorDictModule(**args)
+    size = batch or [4]
+    results = []
+    for way in ("straight", "general"):
+        draw = torch.Generator().manual_seed(1)
+        leaves = [torch.randn(*size, 3, generator=draw), torch.rand(*size, 3, generator=draw) + 0.1]
+        loc, scale = (leaf.requires_grad_() for leaf in leaves)
+        if way == "general":
+            # A module with a get_dist of its own has no straight call.
+            module.get_dist = module.get_dist
+        td = compiled(module, TensorDict(loc=loc, scale=scale, batch_size=batch))
+        assert list(td.keys()) == ["loc", "scale", "action", "sample_log_prob"]
+        value, score = td["action"], td["sample_log_prob"]
+        loss = (value * torch.arange(3.0)).sum() + (score * score).sum()
+        results.append([value, score, *torch.autograd.grad(loss, (loc, scale))])
+    assert traces == [True]
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module, td: setattr(module, "default_interaction_type", InteractionType.MODE),
+        lambda module, td: module.distribution_kwargs.update(event_dim=0),
+        lambda module, td: td.set("scale", td["scale"][:, :1]),
+        lambda module, td: td.set("scale", td["scale"].double()),
+        lambda module, td: td.to("cpu"),
+    ],
+    ids=["type", "keywords", "broadcast", "two dtypes", "device"],
+)
+def test_graph_steps_aside(traces, change):
+    module = ProbabilisticTensorDictModule(**{**ARGS, "distribution_kwargs": {}})
+    td = params()
+    changed = change(module, td)
+    td = changed if isinstance(changed, TensorDict) else td
+    torch.manual_seed(3)
+    expected = module(td.copy())
+    found = compiled(module, td.copy())
+    assert traces == [False]
+    assert torch.equal(found["action"], expected["action"])
+    assert torch.allclose(found["sample_log_prob"], expected["sample_log_prob"])
+
+
+def test_graph_of_a_changed_module_is_made_anew(traces):
+    module = ProbabilisticTensorDictModule(**ARGS)
+    call = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        call(params())
+        module.return_log_prob = False
+        assert "sample_log_prob" not in call(params())
+        module.return_log_prob = True
+        module.out_keys = ["other"]
+        assert "other" in call(params())
+    assert traces == [True, True]
 
 
 def test_writes_to_the_input_and_returns_it(runs):
