@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy import special, stats
 
+from fastprob import rng
 from fastprob.counter import CounterStream
 from fastprob.distributions.bernoulli import Bernoulli
 from fastprob.distributions.beta import Beta
@@ -250,6 +251,24 @@ def test_beta_draws(a, b, dtype):
     check_independent(x[:, 0], x[:, 1])
     check_independent(x[1:], x[:-1])
     check_independent(x, y)
+
+
+def test_a_beta_is_the_same_however_its_tries_are_made():
+    """Those that are left alone on a CPU; all 16 of all elements under vmap and on a device."""
+    state = torch.tensor([SEED, 500])
+    a, b = torch.rand(2, 5000, dtype=torch.float64) * 2 + 0.1
+    few = philox.beta(state, a, b)
+    all_of_them = torch.vmap(lambda a, b: philox.beta(state, a, b))(a[None], b[None])
+    for x, y in zip(few, all_of_them, strict=True):
+        torch.testing.assert_close(x, y[0], rtol=1e-14, atol=0)
+    torch.testing.assert_close(few[0] + few[1], torch.ones_like(a), rtol=1e-14, atol=0)
+    # A draw is a function of seed, call and element: of the first ones alone it is the same.
+    assert torch.equal(philox.beta(state, a[:77], b[:77])[0], few[0][:77])
+
+
+def test_a_counter_stream_draws_points_of_two_parts():
+    with pytest.raises(ValueError, match=r"two parts.*\(4, 3\)"):
+        rng.dirichlet(torch.ones(4, 3), CounterStream(SEED))
 
 
 def test_tiny_concentrations_of_a_beta():
