@@ -46,16 +46,18 @@ def _backward_rows(
     grad_value, grad_score, grad_entropy, given, mask, index, grad, first, total_rows, rows,
     given_row, given_column, mask_row, mask_column, value_row, value_column,
     A: tl.constexpr, COUNT: tl.constexpr, REP: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, GIVEN: tl.constexpr,
-    MASK: tl.constexpr, VALUE: tl.constexpr, PROBS: tl.constexpr, EPS: tl.constexpr,
+    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, VECTOR: tl.constexpr,
+    GIVEN: tl.constexpr, MASK: tl.constexpr, VALUE: tl.constexpr, PROBS: tl.constexpr,
+    EPS: tl.constexpr,
     BY_VALUE: tl.constexpr, BY_SCORE: tl.constexpr, BY_ENTROPY: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
+    shift = cat.shifts(first, total_rows, rows, A, ROWS, GIVEN, VECTOR)
     x = cat.load_given(
-        given, mask, first, total_rows, rows, given_row, given_column, mask_row, mask_column,
-        A, COUNT, REP, ROWS, LANES, PIECE, OWN, GIVEN, MASK, PROBS,
+        given, mask, first, total_rows, rows, given_row, given_column, mask_row, mask_column, shift,
+        A, COUNT, REP, ROWS, LANES, PIECE, OWN, VECTOR, GIVEN, MASK, PROBS,
     )  # fmt: skip
-    k, _ = cat.columns(A, REP, LANES, PIECE)
+    k, inside = cat.columns(shift, A, REP, LANES, PIECE, VECTOR)
     r = tl.arange(0, ROWS)[None, :, None]
     if PIECE == 0:
         r = tl.minimum(r, (total_rows - 1 - first).to(tl.int32))
@@ -66,12 +68,12 @@ def _backward_rows(
     chosen = 0
     if BY_VALUE == cat.PROBS_VALUE:
         by_value = cat.load(
-            grad_value, first, total_rows, rows, value_row, value_column, 0.0, 0.0,
-            A, COUNT, REP, ROWS, LANES, PIECE, OWN, VALUE,
+            grad_value, first, total_rows, rows, value_row, value_column, 0.0, shift,
+            A, COUNT, REP, ROWS, LANES, PIECE, OWN, cat.beside(VECTOR, GIVEN, VALUE), VALUE,
         )  # fmt: skip
     if BY_VALUE == cat.MEAN_INDEX:
         by_mean = tl.load(grad_value + first + r, mask=exists, other=0.0).to(tl.float32)
-        by_value = by_mean * k.to(tl.float32)
+        by_value = by_mean * (k - shift).to(tl.float32)
     if BY_SCORE:
         chosen = tl.load(index + first + r, mask=exists, other=0)
         by_score = tl.load(grad_score + first + r, mask=exists, other=0.0).to(tl.float32)
@@ -83,19 +85,20 @@ def _backward_rows(
                 mask_row, mask_column, A, GIVEN, MASK,
             )  # fmt: skip
             by_score = tl.where(picked == float("-inf"), 0.0, by_score)
+        chosen += shift
     if BY_ENTROPY:
         # The entropy has no sample dimensions: its gradient goes to the first sample alone.
         of_first = r < (rows - first).to(tl.int32)
         by_entropy = tl.load(grad_entropy + first + r, mask=of_first, other=0.0).to(tl.float32)
     if PROBS:
-        e = cat.padded(x, REP, LANES, PIECE, A)
+        e = cat.padded(x, A, REP, LANES, PIECE, VECTOR)
         inverse = m.reciprocal(cat.over(e), FAST)
         q = e * inverse
         rate = _rate(q, k, chosen, by_value, by_score, by_entropy, BY_SCORE, BY_ENTROPY, EPS, FAST)
-        slope = (rate - cat.over(cat.padded(q * rate, REP, LANES, PIECE, A))) * inverse
+        slope = (rate - cat.over(tl.where(inside, q * rate, -0.0))) * inverse
     else:
         d = x - cat.highest(x, FAST)
-        e = cat.padded(m.exp(d, FAST), REP, LANES, PIECE, A)
+        e = cat.padded(m.exp(d, FAST), A, REP, LANES, PIECE, VECTOR)
         p = e * m.reciprocal(cat.over(e), FAST)
         mean = 0.0
         weighted = 0.0
@@ -106,22 +109,25 @@ def _backward_rows(
         slope = _slope(
             p, d, k, chosen, by_value, by_score, by_entropy, mean, weighted, BY_SCORE, BY_ENTROPY
         )
-    cat.store(grad, slope, first, total_rows, A, COUNT, REP, ROWS, LANES, PIECE, OWN, True)
+    cat.store(
+        grad, slope, first, total_rows, shift,
+        A, COUNT, REP, ROWS, LANES, PIECE, OWN, cat.beside(VECTOR, GIVEN, 0), True,
+    )  # fmt: skip
 
 
 @triton.jit
 def _chunk_by_value(
-    grad_value, row, k, rows, value_row, value_column,
-    A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, BY_VALUE: tl.constexpr,
+    grad_value, row, c, shift, rows, value_row, value_column,
+    A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, VECTOR: tl.constexpr,
+    BY_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the probabilities of categories k of one row."""
+    """Gradient of the probabilities of chunk c of one row."""
     if BY_VALUE == cat.PROBS_VALUE:
-        at = grad_value + cat.offsets(row, 0, k, rows, value_row, value_column, A, VALUE)
-        if A % COUNT == 0:
-            return tl.load(at).to(tl.float32)
-        else:
-            return tl.load(at, mask=k < A, other=0.0).to(tl.float32)
+        return wide.read(
+            grad_value, row, c, shift, rows, value_row, value_column, 0.0, A, COUNT, VALUE, VECTOR
+        )
     elif BY_VALUE == cat.MEAN_INDEX:
+        k = wide.places(c, shift, COUNT)
         return tl.load(grad_value + row).to(tl.float32) * k.to(tl.float32)
     else:
         return tl.zeros([COUNT], tl.float32)
@@ -131,14 +137,16 @@ def _chunk_by_value(
 def _backward_wide(
     grad_value, grad_score, grad_entropy, given, mask, index, grad, row, rows,
     given_row, given_column, mask_row, mask_column, value_row, value_column,
-    A: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, GIVEN: tl.constexpr,
-    MASK: tl.constexpr, VALUE: tl.constexpr, PROBS: tl.constexpr, EPS: tl.constexpr,
+    A: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, VECTOR: tl.constexpr,
+    GIVEN: tl.constexpr, MASK: tl.constexpr, VALUE: tl.constexpr, PROBS: tl.constexpr,
+    EPS: tl.constexpr,
     BY_VALUE: tl.constexpr, BY_SCORE: tl.constexpr, BY_ENTROPY: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
+    shift = wide.shift_of(row, rows, A, GIVEN, VECTOR)
     top, _, total, weighted, _, _ = wide.sums(
-        given, mask, row, rows, given_row, given_column, mask_row, mask_column,
-        A, COUNT, CHUNKS, GIVEN, MASK, PROBS, BY_ENTROPY, FAST,
+        given, mask, row, shift, rows, given_row, given_column, mask_row, mask_column,
+        A, COUNT, CHUNKS, GIVEN, MASK, VECTOR, PROBS, BY_ENTROPY, FAST,
     )  # fmt: skip
     inverse = m.reciprocal(total, FAST)
     weighted *= inverse
@@ -159,14 +167,25 @@ def _backward_wide(
         by_entropy = tl.load(grad_entropy + row, mask=row < rows, other=0.0).to(tl.float32)
     mean = tl.full([], 0.0, tl.float32)
     if PROBS or BY_VALUE:
-        for c in range((A + COUNT - 1) // COUNT):
-            k = c * COUNT + tl.arange(0, COUNT)
+        for c in range(wide.chunks(shift, A, COUNT, VECTOR)):
+            k = wide.places(c, shift, COUNT)
             x = wide.load(
-                given, mask, row, k, rows, given_row, given_column, mask_row, mask_column,
-                A, COUNT, GIVEN, MASK, PROBS,
+                given, mask, row, c, shift, rows, given_row, given_column, mask_row, mask_column,
+                A, COUNT, GIVEN, MASK, VECTOR, PROBS,
             )  # fmt: skip
             by_value = _chunk_by_value(
-                grad_value, row, k, rows, value_row, value_column, A, COUNT, VALUE, BY_VALUE
+                grad_value,
+                row,
+                c,
+                shift,
+                rows,
+                value_row,
+                value_column,
+                A,
+                COUNT,
+                VALUE,
+                cat.beside(VECTOR, GIVEN, VALUE),
+                BY_VALUE,
             )
             if PROBS:
                 q = x * inverse
@@ -176,14 +195,25 @@ def _backward_wide(
             else:
                 q = m.exp(x - top, FAST) * inverse
             mean += tl.sum(q * by_value, 0)
-    for c in range((A + COUNT - 1) // COUNT):
-        k = c * COUNT + tl.arange(0, COUNT)
+    for c in range(wide.chunks(shift, A, COUNT, VECTOR)):
+        k = wide.places(c, shift, COUNT)
         x = wide.load(
-            given, mask, row, k, rows, given_row, given_column, mask_row, mask_column,
-            A, COUNT, GIVEN, MASK, PROBS,
+            given, mask, row, c, shift, rows, given_row, given_column, mask_row, mask_column,
+            A, COUNT, GIVEN, MASK, VECTOR, PROBS,
         )  # fmt: skip
         by_value = _chunk_by_value(
-            grad_value, row, k, rows, value_row, value_column, A, COUNT, VALUE, BY_VALUE
+            grad_value,
+            row,
+            c,
+            shift,
+            rows,
+            value_row,
+            value_column,
+            A,
+            COUNT,
+            VALUE,
+            cat.beside(VECTOR, GIVEN, VALUE),
+            BY_VALUE,
         )
         if PROBS:
             rate = _rate(
@@ -197,7 +227,7 @@ def _backward_wide(
                 m.exp(d, FAST) * inverse, d, k, chosen, by_value, by_score, by_entropy,
                 mean, weighted, BY_SCORE, BY_ENTROPY,
             )  # fmt: skip
-        wide.store(grad, row, k, slope, A, COUNT)
+        wide.store(grad, row, c, shift, slope, A, COUNT, cat.beside(VECTOR, GIVEN, 0))
 
 
 @triton.jit(do_not_specialize=["total_rows", "rows"])
@@ -205,7 +235,8 @@ def backward_kernel(
     grad_value, grad_score, grad_entropy, given, mask, index, grad, total_rows, rows,
     given_row, given_column, mask_row, mask_column, value_row, value_column,
     A: tl.constexpr, COUNT: tl.constexpr, REP: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, CHUNKS: tl.constexpr,
+    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, VECTOR: tl.constexpr,
+    CHUNKS: tl.constexpr,
     GIVEN: tl.constexpr, MASK: tl.constexpr, VALUE: tl.constexpr, PROBS: tl.constexpr,
     EPS: tl.constexpr, BY_VALUE: tl.constexpr, BY_SCORE: tl.constexpr,
     BY_ENTROPY: tl.constexpr, FAST: tl.constexpr,
@@ -216,13 +247,14 @@ def backward_kernel(
         _backward_wide(
             grad_value, grad_score, grad_entropy, given, mask, index, grad, program, rows,
             given_row, given_column, mask_row, mask_column, value_row, value_column,
-            A, COUNT, CHUNKS, GIVEN, MASK, VALUE, PROBS, EPS, BY_VALUE, BY_SCORE, BY_ENTROPY, FAST,
+            A, COUNT, CHUNKS, VECTOR,
+            GIVEN, MASK, VALUE, PROBS, EPS, BY_VALUE, BY_SCORE, BY_ENTROPY, FAST,
         )  # fmt: skip
     else:
         _backward_rows(
             grad_value, grad_score, grad_entropy, given, mask, index, grad,
             program * OWN, total_rows, rows,
             given_row, given_column, mask_row, mask_column, value_row, value_column,
-            A, COUNT, REP, ROWS, LANES, PIECE, OWN,
+            A, COUNT, REP, ROWS, LANES, PIECE, OWN, VECTOR,
             GIVEN, MASK, VALUE, PROBS, EPS, BY_VALUE, BY_SCORE, BY_ENTROPY, FAST,
         )  # fmt: skip

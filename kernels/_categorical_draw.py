@@ -10,8 +10,6 @@ from fastprob.kernels import _random as random
 
 # A running sum that rounding leaves just below 1/2 counts as having reached it.
 HALF = tl.constexpr(0.5 - 4 * 2.0**-23)
-# More than twice the largest index in a chunk or a tile.
-LATE = tl.constexpr(2**30)
 
 
 @triton.jit
@@ -22,9 +20,9 @@ def _first_beyond(running, e, k, t, AXIS: tl.constexpr):
     below t. Neither gives a category of probability 0. One reduction for both: a k that counts only
     where there is no other is turned around and put behind the others.
     """
-    key = tl.where(running > t, k, -k + LATE)
-    key = tl.min(tl.where(e > 0.0, key, LATE), AXIS, keep_dims=True)
-    return tl.minimum(key, -key + LATE)
+    key = tl.where(running > t, k, -k + cat.LATEST)
+    key = tl.min(tl.where(e > 0.0, key, cat.LATEST), AXIS, keep_dims=True)
+    return tl.minimum(key, -key + cat.LATEST)
 
 
 @triton.jit
@@ -44,7 +42,9 @@ def _search_pieces(e, u, LANES: tl.constexpr, PIECE: tl.constexpr):
     A thread's running sum is made term by term: it rises where e is positive and nowhere else.
     """
     running = tl.cumsum(e, 0)
-    piece = tl.max(running, 0, keep_dims=True)
+    # The last one, for nothing: -0 is not added when compiled. A maximum takes an instruction each.
+    rep = tl.arange(0, e.shape[0])[:, None, None]
+    piece = tl.sum(tl.where(rep == PIECE - 1, running, -0.0), 0, keep_dims=True)
     if LANES == 1:
         t = piece * u
         return tl.sum((running <= t).to(tl.int32), 0, keep_dims=True), piece
@@ -72,7 +72,8 @@ def _search_segments(e, u, REP: tl.constexpr):
         return tl.zeros(total.shape, tl.int32), total * u, total
     else:
         running = tl.cumsum(tl.sum(e, 2, keep_dims=True), 0)
-        total = tl.max(running, 0, keep_dims=True)
+        rep = tl.arange(0, REP)[:, None, None]
+        total = tl.sum(tl.where(rep == REP - 1, running, -0.0), 0, keep_dims=True)
         t = total * u
         below = running <= t
         segment = tl.sum(below.to(tl.int32), 0, keep_dims=True)
@@ -85,17 +86,19 @@ def _draw_rows(
     given, mask, index, value, score, entropy, seed, call, first, total_rows, rows,
     given_row, given_column, mask_row, mask_column,
     A: tl.constexpr, COUNT: tl.constexpr, REP: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, SHARED: tl.constexpr,
-    GIVEN: tl.constexpr, MASK: tl.constexpr, PROBS: tl.constexpr, EPS: tl.constexpr,
+    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, VECTOR: tl.constexpr,
+    SHARED: tl.constexpr, GIVEN: tl.constexpr, MASK: tl.constexpr, PROBS: tl.constexpr,
+    EPS: tl.constexpr,
     KIND: tl.constexpr, INDEX: tl.constexpr, VALUE: tl.constexpr, SCORE: tl.constexpr,
     ENTROPY: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Values, scores and entropies of the OWN rows of a tile."""
+    shift = cat.shifts(first, total_rows, rows, A, ROWS, GIVEN, VECTOR)
     x = cat.load_given(
-        given, mask, first, total_rows, rows, given_row, given_column, mask_row, mask_column,
-        A, COUNT, REP, ROWS, LANES, PIECE, OWN, GIVEN, MASK, PROBS,
+        given, mask, first, total_rows, rows, given_row, given_column, mask_row, mask_column, shift,
+        A, COUNT, REP, ROWS, LANES, PIECE, OWN, VECTOR, GIVEN, MASK, PROBS,
     )  # fmt: skip
-    k, inside = cat.columns(A, REP, LANES, PIECE)
+    k, inside = cat.columns(shift, A, REP, LANES, PIECE, VECTOR)
     r = tl.arange(0, ROWS)[None, :, None]
     exists = r < tl.minimum(total_rows - first, OWN).to(tl.int32)
     top = 0.0
@@ -105,7 +108,7 @@ def _draw_rows(
         top = cat.highest(x, FAST)
         d = x - top
         e = m.exp(d, FAST)
-    e = cat.padded(e, REP, LANES, PIECE, A)
+    e = cat.padded(e, A, REP, LANES, PIECE, VECTOR)
     if KIND <= cat.MEDIAN:
         u = HALF
         if KIND == cat.RANDOM:
@@ -124,20 +127,27 @@ def _draw_rows(
             near = e
             lane = tl.arange(0, LANES)[None, None, :]
             if REP > 1:
+                place = segment * LANES + lane
+                real = exists
+                if REP * LANES != A:
+                    real = exists & (place >= shift) & (place < A + shift)
                 near = cat.at_index(
-                    given, mask, first, r, segment * LANES + lane, exists, rows,
+                    given, mask, first, r, place - shift, real, rows,
                     given_row, given_column, mask_row, mask_column, A, GIVEN, MASK,
                 )  # fmt: skip
                 if not PROBS:
                     near = m.exp(near - top, FAST)
+                if REP * LANES != A:
+                    near = tl.where(real, near, 0.0)
             chosen = segment * LANES + _first_beyond(tl.cumsum(near, 2), near, lane, left, 2)
     else:
         total = cat.over(e)
         chosen = tl.zeros(total.shape, tl.int32)
         if KIND == cat.MODE:
             hit = (x == cat.highest(x, FAST)) & inside
-            chosen = tl.where(hit, k, A - 1)
+            chosen = tl.where(hit, k, cat.LATEST)
             chosen = tl.min(tl.min(chosen, 0, keep_dims=True), 2, keep_dims=True)
+    chosen -= shift
     # In range whatever the parameters are, for the read below.
     chosen = tl.minimum(tl.maximum(chosen, 0), A - 1)
     if PROBS:
@@ -156,19 +166,22 @@ def _draw_rows(
         tl.store(score + first + r, scores.to(score.dtype.element_ty), mask=exists)
     if ENTROPY:
         cat.store_entropy(
-            entropy, e, d, inverse, log_sum, first, r, rows,
-            A, REP, LANES, PIECE, OWN, PROBS, EPS, FAST,
-        )  # fmt: skip
+            entropy, e, d, inverse, log_sum, first, r, rows, inside, OWN, PROBS, EPS, FAST
+        )
+    FLAT: tl.constexpr = cat.beside(VECTOR, GIVEN, 0)
     if VALUE == cat.ONE_HOT:
-        hot = (k == chosen).to(tl.float32)
-        cat.store(value, hot, first, total_rows, A, COUNT, REP, ROWS, LANES, PIECE, OWN, False)
+        hot = (k == chosen + shift).to(tl.float32)
+        cat.store(
+            value, hot, first, total_rows, shift,
+            A, COUNT, REP, ROWS, LANES, PIECE, OWN, FLAT, False,
+        )  # fmt: skip
     elif VALUE == cat.PROBS_VALUE:
         cat.store(
-            value, e * inverse, first, total_rows,
-            A, COUNT, REP, ROWS, LANES, PIECE, OWN, False,
+            value, e * inverse, first, total_rows, shift,
+            A, COUNT, REP, ROWS, LANES, PIECE, OWN, FLAT, False,
         )  # fmt: skip
     elif VALUE == cat.MEAN_INDEX:
-        mean = cat.over(e * k.to(tl.float32)) * inverse
+        mean = cat.over(e * (k - shift).to(tl.float32)) * inverse
         tl.store(value + first + r, mean.to(value.dtype.element_ty), mask=exists)
 
 
@@ -176,16 +189,16 @@ def _draw_rows(
 def _draw_wide(
     given, mask, index, value, score, entropy, seed, call, row, rows,
     given_row, given_column, mask_row, mask_column,
-    A: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr,
+    A: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, VECTOR: tl.constexpr,
     GIVEN: tl.constexpr, MASK: tl.constexpr, PROBS: tl.constexpr, EPS: tl.constexpr,
     KIND: tl.constexpr, INDEX: tl.constexpr, VALUE: tl.constexpr, SCORE: tl.constexpr,
     ENTROPY: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Value, score and entropy of one row that is longer than a tile."""
-    i = tl.arange(0, COUNT)
+    shift = wide.shift_of(row, rows, A, GIVEN, VECTOR)
     top, place, total, weighted, moment, sums = wide.sums(
-        given, mask, row, rows, given_row, given_column, mask_row, mask_column,
-        A, COUNT, CHUNKS, GIVEN, MASK, PROBS, ENTROPY, FAST,
+        given, mask, row, shift, rows, given_row, given_column, mask_row, mask_column,
+        A, COUNT, CHUNKS, GIVEN, MASK, VECTOR, PROBS, ENTROPY, FAST,
     )  # fmt: skip
     chosen = place
     if KIND <= cat.MEDIAN:
@@ -198,10 +211,10 @@ def _draw_wide(
         t = tl.max(running, 0) * u
         c = tl.sum(_first_beyond(running, sums, chunk, t, 0), 0)
         left = t - tl.max(tl.where(chunk < c, running, 0.0), 0)
-        k = c * COUNT + i
+        k = wide.places(c, shift, COUNT)
         e = wide.load(
-            given, mask, row, k, rows, given_row, given_column, mask_row, mask_column,
-            A, COUNT, GIVEN, MASK, PROBS,
+            given, mask, row, c, shift, rows, given_row, given_column, mask_row, mask_column,
+            A, COUNT, GIVEN, MASK, VECTOR, PROBS,
         )  # fmt: skip
         if not PROBS:
             e = m.exp(e - top, FAST)
@@ -223,26 +236,26 @@ def _draw_wide(
     if ENTROPY:
         if PROBS:
             entropies = wide.entropy(
-                given, mask, row, rows, given_row, given_column, mask_row, mask_column, inverse,
-                A, COUNT, GIVEN, MASK, EPS, FAST,
+                given, mask, row, shift, rows, given_row, given_column, mask_row, mask_column,
+                inverse, A, COUNT, GIVEN, MASK, VECTOR, EPS, FAST,
             )  # fmt: skip
         else:
             entropies = log_sum - weighted * inverse
         tl.store(entropy + row, entropies.to(entropy.dtype.element_ty), mask=row < rows)
     if VALUE >= cat.ONE_HOT:
-        for c in range((A + COUNT - 1) // COUNT):
-            k = c * COUNT + i
+        for c in range(wide.chunks(shift, A, COUNT, VECTOR)):
+            k = wide.places(c, shift, COUNT)
             if VALUE == cat.ONE_HOT:
                 y = k == chosen
             else:
                 y = wide.load(
-                    given, mask, row, k, rows, given_row, given_column, mask_row, mask_column,
-                    A, COUNT, GIVEN, MASK, PROBS,
+                    given, mask, row, c, shift, rows, given_row, given_column,
+                    mask_row, mask_column, A, COUNT, GIVEN, MASK, VECTOR, PROBS,
                 )  # fmt: skip
                 if not PROBS:
                     y = m.exp(y - top, FAST)
                 y = y * inverse
-            wide.store(value, row, k, y, A, COUNT)
+            wide.store(value, row, c, shift, y, A, COUNT, cat.beside(VECTOR, GIVEN, 0))
 
 
 @triton.jit(do_not_specialize=["seed", "call", "total_rows", "rows"])
@@ -250,8 +263,9 @@ def draw_kernel(
     given, mask, index, value, score, entropy, state, used, ticket, seed, call, total_rows, rows,
     given_row, given_column, mask_row, mask_column,
     A: tl.constexpr, COUNT: tl.constexpr, REP: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, SHARED: tl.constexpr,
-    CHUNKS: tl.constexpr, GIVEN: tl.constexpr, MASK: tl.constexpr, PROBS: tl.constexpr,
+    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, VECTOR: tl.constexpr,
+    SHARED: tl.constexpr, CHUNKS: tl.constexpr, GIVEN: tl.constexpr, MASK: tl.constexpr,
+    PROBS: tl.constexpr,
     EPS: tl.constexpr, KIND: tl.constexpr, INDEX: tl.constexpr, VALUE: tl.constexpr,
     SCORE: tl.constexpr, ENTROPY: tl.constexpr, HOST: tl.constexpr, ADVANCE: tl.constexpr,
     KEEP: tl.constexpr, FAST: tl.constexpr,
@@ -263,14 +277,14 @@ def draw_kernel(
     if CHUNKS > 0:
         _draw_wide(
             given, mask, index, value, score, entropy, seed, call, program, rows,
-            given_row, given_column, mask_row, mask_column, A, COUNT, CHUNKS,
+            given_row, given_column, mask_row, mask_column, A, COUNT, CHUNKS, VECTOR,
             GIVEN, MASK, PROBS, EPS, KIND, INDEX, VALUE, SCORE, ENTROPY, FAST,
         )  # fmt: skip
     else:
         _draw_rows(
             given, mask, index, value, score, entropy, seed, call, program * OWN, total_rows, rows,
             given_row, given_column, mask_row, mask_column,
-            A, COUNT, REP, ROWS, LANES, PIECE, OWN, SHARED,
+            A, COUNT, REP, ROWS, LANES, PIECE, OWN, VECTOR, SHARED,
             GIVEN, MASK, PROBS, EPS, KIND, INDEX, VALUE, SCORE, ENTROPY, FAST,
         )  # fmt: skip
     if KIND == cat.RANDOM:

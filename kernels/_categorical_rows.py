@@ -23,11 +23,48 @@ PROBS_VALUE = tl.constexpr(3)
 
 # exp(-1e30) is 0, and 0 * -1e30 is no NaN, as 0 * -inf is.
 LEAST = tl.constexpr(-1.0e30)
+# More than twice the largest place in a chunk or a tile.
+LATEST = tl.constexpr(2**30)
+
+
+@triton.constexpr_function
+def last_rep(a, lanes, piece, vector):
+    """The last rep of a tile that has a category in any row."""
+    return piece - 1 if piece else (a - 1 + max(vector - 1, 0)) // lanes
+
+
+@triton.constexpr_function
+def beside(vector, given, layout):
+    """`VECTOR` for a tensor of another layout than `given`'s: 1 where its rows begin otherwise."""
+    return vector if vector == 0 or (layout < 2 and layout % 2 == given % 2) else 1
 
 
 @triton.jit
-def columns(A: tl.constexpr, REP: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr):
-    """The category at each place of a tile, `[REP, 1, LANES]`, and whether the place has one."""
+def shifts(
+    first, total_rows, rows,
+    A: tl.constexpr, ROWS: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Where in a vector of VECTOR elements each row of a parameter begins, int32 `[1, ROWS, 1]`."""
+    if VECTOR == 0:
+        return 0
+    else:
+        # Rows past the end are the last one, as in `split`.
+        r = tl.minimum(tl.arange(0, ROWS)[None, :, None], (total_rows - 1 - first).to(tl.int32))
+        if LAYOUT % 2 == 0:
+            return ((first * A % VECTOR).to(tl.int32) + r * A) % VECTOR
+        else:
+            return ((first + r) % rows * A % VECTOR).to(tl.int32)
+
+
+@triton.jit
+def columns(
+    shift, A: tl.constexpr, REP: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The places of a tile, `[REP, 1, LANES]`, and which of them have a category.
+
+    A place is the category and `shift`.
+    """
     rep = tl.arange(0, REP)[:, None, None]
     lane = tl.arange(0, LANES)[None, None, :]
     if PIECE > 0:
@@ -35,7 +72,12 @@ def columns(A: tl.constexpr, REP: tl.constexpr, LANES: tl.constexpr, PIECE: tl.c
         # Only the last lane may end early: for all but a few rep this is settled when compiled.
         return k, (rep < PIECE) & ((rep < A - (LANES - 1) * PIECE) | (k < A))
     else:
-        return rep * LANES + lane, rep < REP
+        # Settled when compiled for all but the first rep and the last two.
+        k = rep * LANES + lane
+        inside = (rep <= last_rep(A, LANES, PIECE, VECTOR)) & ((rep < A // LANES) | (k < A + shift))
+        if VECTOR > 0:
+            inside &= (rep > 0) | (k >= shift)
+        return k, inside
 
 
 @triton.jit
@@ -67,50 +109,121 @@ def offsets(first, r, k, rows, row_stride, column_stride, A: tl.constexpr, LAYOU
 
 
 @triton.jit
-def load(
-    ptr, first, total_rows, rows, row_stride, column_stride, other, past,
-    A: tl.constexpr, COUNT: tl.constexpr, REP: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, LAYOUT: tl.constexpr,
-):  # fmt: skip
-    """A tile `[REP, ROWS, LANES]` of the rows from `first` on, in fp32.
-
-    `other` stands outside a row, and `past` in the rows past the end where they are GATHER.
-    """
-    k, inside = columns(A, REP, LANES, PIECE)
-    r = tl.arange(0, ROWS)[None, :, None]
-    if PIECE > 0:
-        i = tl.arange(0, COUNT)
+def aligned(first, r, k, rows, A: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr):
+    """Offsets of places k of the rows first + r, contiguous: of whole vectors, as is to be seen."""
+    if LAYOUT == 0:
         start = first * A
-        end = total_rows.to(tl.int64) * A
-        NEEDED: tl.constexpr = OWN * A
-        # A mask stops vectorized access, but for one of a constant multiple of 4 elements. That
-        # leaves the rows of the next tile to it, where less than COUNT elements are a tile's own.
-        if start + COUNT <= end:
-            x = tile.load(
-                ptr, start, i, i < NEEDED, past, rows, row_stride, column_stride,
-                A, COUNT, LAYOUT, NEEDED >= COUNT,
-            )  # fmt: skip
-        else:
-            x = tile.load(
-                ptr, start, i, i < (end - start).to(tl.int32), past, rows,
-                row_stride, column_stride, A, COUNT, LAYOUT, False,
-            )  # fmt: skip
-        # COUNT has room for what the last lane of the last row reads past its end.
-        source = tl.where(k < LANES * PIECE, tl.minimum(r, OWN - 1) * A + k, 0)
-        taken = tl.gather(x, tl.reshape(source, [REP * ROWS * LANES]), 0)
-        return tl.where(inside, tl.reshape(taken, [REP, ROWS, LANES]), other)
+        near = ((start % VECTOR).to(tl.int32) + r * A) // VECTOR * VECTOR
+        return start // VECTOR * VECTOR + (near + k)
     else:
-        # Rows past the end read the last one again: a mask takes 16 instructions for 32 elements.
-        r = tl.minimum(r, (total_rows - 1 - first).to(tl.int32))
+        return (first + r) % rows * A // VECTOR * VECTOR + k
+
+
+@triton.jit
+def flat(
+    ptr, first, total_rows, rows, row_stride, column_stride,
+    A: tl.constexpr, COUNT: tl.constexpr, OWN: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """COUNT elements from row `first` on, as they are stored; 1 past the end."""
+    i = tl.arange(0, COUNT)
+    start = first * A
+    end = total_rows.to(tl.int64) * A
+    at = tile.pointers(ptr, start, i, rows, row_stride, column_stride, A, COUNT, LAYOUT)
+    # A mask stops vectorized access, but for one of a constant multiple of 4 elements. That leaves
+    # the rows of the next tile to it, where less than COUNT elements are a tile's own.
+    if start + COUNT <= end:
+        x = tl.load(at, mask=i < OWN * A)
+    else:
+        one = tl.full([], 1.0, tl.float32).to(ptr.dtype.element_ty)
+        x = tl.load(at, mask=i < (end - start).to(tl.int32), other=one)
+    return x
+
+
+@triton.jit
+def gathered(
+    x, A: tl.constexpr, REP: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    PIECE: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    """A flat tile as `[REP, ROWS, LANES]`; anything outside a row."""
+    k, _ = columns(0, A, REP, LANES, PIECE, 0)
+    r = tl.arange(0, ROWS)[None, :, None]
+    # A flat tile has room for what the last lane of the last row reads past its end.
+    source = tl.where(k < LANES * PIECE, tl.minimum(r, OWN - 1) * A + k, 0)
+    taken = tl.gather(x, tl.reshape(source, [REP * ROWS * LANES]), 0)
+    return tl.reshape(taken, [REP, ROWS, LANES])
+
+
+@triton.jit
+def widened(x):
+    """Floats in fp32, booleans in int32."""
+    if x.dtype.is_floating():
+        return x.to(tl.float32)
+    else:
+        return x.to(tl.int32) if x.dtype.primitive_bitwidth < 32 else x
+
+
+@triton.jit
+def split(
+    ptr, first, total_rows, rows, row_stride, column_stride, shift,
+    A: tl.constexpr, REP: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    VECTOR: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """A tile `[REP, ROWS, LANES]`, widened; anything outside a row."""
+    k, inside = columns(shift, A, REP, LANES, 0, VECTOR)
+    r = tl.arange(0, ROWS)[None, :, None]
+    # Rows past the end read the last one again: a mask takes 16 instructions for 32 elements.
+    r = tl.minimum(r, (total_rows - 1 - first).to(tl.int32))
+    if VECTOR > 1 and LAYOUT < 2:
+        at = ptr + aligned(first, r, k, rows, A, LAYOUT, VECTOR)
+        # Whole vectors reach into the rows beside, and are to reach no further than the tensor.
+        LAST: tl.constexpr = last_rep(A, LANES, 0, VECTOR)
+        begin = first
+        end = total_rows
+        if LAYOUT == 1:
+            begin = first % rows
+            end = rows
+        if (begin + (ROWS - 1)) * A + (LAST + 1) * LANES <= end.to(tl.int64) * A:
+            x = widened(tl.load(at, mask=tl.arange(0, REP)[:, None, None] <= LAST))
+        else:
+            # Two loads that differ in their mask alone the compiler makes one, of single elements,
+            # and a conversion that both end with is made behind them: bf16 is unpacked, packed and
+            # unpacked. It does not see through the sum: 24.9 and 24.0 slots at A = 257.
+            x = widened(tl.load(at, mask=inside, other=0)) + 0
+        return x
+    elif REP * LANES == A:
         at = ptr + offsets(first, r, k, rows, row_stride, column_stride, A, LAYOUT)
-        return tl.load(at).to(tl.float32)
+        return widened(tl.load(at))
+    else:
+        at = ptr + offsets(first, r, k - shift, rows, row_stride, column_stride, A, LAYOUT)
+        return widened(tl.load(at, mask=inside))
+
+
+@triton.jit
+def load(
+    ptr, first, total_rows, rows, row_stride, column_stride, other, shift,
+    A: tl.constexpr, COUNT: tl.constexpr, REP: tl.constexpr, ROWS: tl.constexpr,
+    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, VECTOR: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """A tile `[REP, ROWS, LANES]` of the rows from `first` on, in fp32; `other` outside a row."""
+    if PIECE > 0:
+        x = flat(ptr, first, total_rows, rows, row_stride, column_stride, A, COUNT, OWN, LAYOUT)
+        x = gathered(x, A, REP, ROWS, LANES, PIECE, OWN)
+    else:
+        x = split(
+            ptr, first, total_rows, rows, row_stride, column_stride, shift,
+            A, REP, ROWS, LANES, VECTOR, LAYOUT,
+        )  # fmt: skip
+    _, inside = columns(shift, A, REP, LANES, PIECE, VECTOR)
+    return tl.where(inside, x.to(tl.float32), other)
 
 
 @triton.jit
 def store(
-    ptr, x, first, total_rows,
+    ptr, x, first, total_rows, shift,
     A: tl.constexpr, COUNT: tl.constexpr, REP: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, SAME: tl.constexpr,
+    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, VECTOR: tl.constexpr,
+    SAME: tl.constexpr,
 ):  # fmt: skip
     """Stores a tile `[REP, ROWS, LANES]` of the rows from `first` on, contiguous.
 
@@ -133,14 +246,26 @@ def store(
         else:
             tile.store(ptr, start, flat, i, i < left, COUNT, OWN * A, False)
     else:
-        k, _ = columns(A, REP, LANES, PIECE)
+        k, inside = columns(shift, A, REP, LANES, PIECE, VECTOR)
         r = tl.arange(0, ROWS)[None, :, None]
         x = tl.broadcast_to(x, [REP, ROWS, LANES]).to(ptr.dtype.element_ty)
         last = (total_rows - 1 - first).to(tl.int32)
+        exists = (r <= last) | SAME
         if SAME:
-            tl.store(ptr + start + (tl.minimum(r, last) * A + k), x)
+            r = tl.minimum(r, last)
+        if VECTOR > 1:
+            at = ptr + aligned(first, r, k, total_rows, A, 0, VECTOR)
+            # A vector at an end of a row is of two rows: its elements are stored one by one.
+            rep = tl.arange(0, REP)[:, None, None]
+            middle = (rep > 0) & (rep < A // LANES)
+            tl.store(at, x, mask=middle & exists)
+            tl.store(at, x, mask=inside & (rep < REP) & ((rep == 0) | (rep >= A // LANES)) & exists)
         else:
-            tl.store(ptr + start + (r * A + k), x, mask=r <= last)
+            at = ptr + start + (r * A + (k - shift))
+            if REP * LANES == A and SAME:
+                tl.store(at, x)
+            else:
+                tl.store(at, x, mask=inside & exists)
 
 
 @triton.jit
@@ -176,14 +301,21 @@ def at_least(d):
 
 
 @triton.jit
-def padded(x, REP: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr, A: tl.constexpr):
+def padded(
+    x, A: tl.constexpr, REP: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
     """Terms of a sum, -0 at the places of a tile that have no category.
 
     A compiler leaves out the addition of -0 and not that of 0: rows of 18 cost no more than that.
     """
     if PIECE > 0:
-        _, inside = columns(A, REP, LANES, PIECE)
+        _, inside = columns(0, A, REP, LANES, PIECE, 0)
         return tl.where(inside, x, -0.0)
+    elif REP * LANES != A:
+        # At those of a row's ends stands 0 already.
+        rep = tl.arange(0, REP)[:, None, None]
+        return tl.where(rep <= last_rep(A, LANES, PIECE, VECTOR), x, -0.0)
     else:
         return x
 
@@ -204,28 +336,40 @@ def score_of(x, top, log_sum, inverse, PROBS: tl.constexpr, EPS: tl.constexpr, F
 
 @triton.jit
 def masked(x, allowed):
-    return tl.where(allowed != 0.0, x, float("-inf"))
+    return tl.where(allowed != 0, x, float("-inf"))
 
 
 @triton.jit
 def load_given(
-    given, mask, first, total_rows, rows, given_row, given_column, mask_row, mask_column,
+    given, mask, first, total_rows, rows, given_row, given_column, mask_row, mask_column, shift,
     A: tl.constexpr, COUNT: tl.constexpr, REP: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, GIVEN: tl.constexpr,
-    MASK: tl.constexpr, PROBS: tl.constexpr,
+    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, VECTOR: tl.constexpr,
+    GIVEN: tl.constexpr, MASK: tl.constexpr, PROBS: tl.constexpr,
 ):  # fmt: skip
     """A tile of logits, -inf where masked, or of weights."""
-    x = load(
-        given, first, total_rows, rows, given_row, given_column,
-        0.0 if PROBS else float("-inf"), 1.0, A, COUNT, REP, ROWS, LANES, PIECE, OWN, GIVEN,
-    )  # fmt: skip
-    if MASK >= 0:
-        allowed = load(
-            mask, first, total_rows, rows, mask_row, mask_column, 0.0, 1.0,
-            A, COUNT, REP, ROWS, LANES, PIECE, OWN, MASK,
+    other: tl.constexpr = 0.0 if PROBS else float("-inf")
+    if MASK < 0:
+        x = load(
+            given, first, total_rows, rows, given_row, given_column, other, shift,
+            A, COUNT, REP, ROWS, LANES, PIECE, OWN, VECTOR, GIVEN,
         )  # fmt: skip
-        x = masked(x, allowed)
-    return x
+    elif PIECE > 0:
+        # Masked before the elements change places, so that one of the two does.
+        x = flat(given, first, total_rows, rows, given_row, given_column, A, COUNT, OWN, GIVEN)
+        allowed = flat(mask, first, total_rows, rows, mask_row, mask_column, A, COUNT, OWN, MASK)
+        x = gathered(masked(x.to(tl.float32), allowed), A, REP, ROWS, LANES, PIECE, OWN)
+    else:
+        x = split(
+            given, first, total_rows, rows, given_row, given_column, shift,
+            A, REP, ROWS, LANES, VECTOR, GIVEN,
+        )  # fmt: skip
+        allowed = split(
+            mask, first, total_rows, rows, mask_row, mask_column, shift,
+            A, REP, ROWS, LANES, beside(VECTOR, GIVEN, MASK), MASK,
+        )  # fmt: skip
+        x = masked(x.to(tl.float32), allowed)
+    _, inside = columns(shift, A, REP, LANES, PIECE, VECTOR)
+    return tl.where(inside, x, other)
 
 
 @triton.jit
@@ -238,20 +382,19 @@ def at_index(
     x = tl.load(at, mask=exists, other=0.0).to(tl.float32)
     if MASK >= 0:
         at = mask + offsets(first, r, index, rows, mask_row, mask_column, A, MASK)
-        x = masked(x, tl.load(at, mask=exists, other=1).to(tl.float32))
+        x = masked(x, tl.load(at, mask=exists, other=1))
     return x
 
 
 @triton.jit
 def store_entropy(
-    entropy, e, d, inverse, log_sum, first, r, rows,
-    A: tl.constexpr, REP: tl.constexpr, LANES: tl.constexpr, PIECE: tl.constexpr,
+    entropy, e, d, inverse, log_sum, first, r, rows, inside,
     OWN: tl.constexpr, PROBS: tl.constexpr, EPS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Entropies of a tile; they have no sample dimensions, the rows of the first sample write."""
     if PROBS:
         c = clamped(e * inverse, EPS)
-        made = -over(padded(c * m.log(c, FAST), REP, LANES, PIECE, A))
+        made = -over(tl.where(inside, c * m.log(c, FAST), -0.0))
     else:
         made = log_sum - over(e * at_least(d)) * inverse
     exists = r < tl.minimum(rows - first, OWN).to(tl.int32)

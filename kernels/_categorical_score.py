@@ -13,16 +13,18 @@ def _score_rows(
     given, mask, value, index, score, entropy, neg_inf, first, total_rows, rows,
     given_row, given_column, mask_row, mask_column, value_row, value_column,
     A: tl.constexpr, COUNT: tl.constexpr, REP: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, GIVEN: tl.constexpr,
-    MASK: tl.constexpr, VALUE: tl.constexpr, PROBS: tl.constexpr, EPS: tl.constexpr,
+    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, VECTOR: tl.constexpr,
+    GIVEN: tl.constexpr, MASK: tl.constexpr, VALUE: tl.constexpr, PROBS: tl.constexpr,
+    EPS: tl.constexpr,
     HOT: tl.constexpr, INDEX: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
+    shift = cat.shifts(first, total_rows, rows, A, ROWS, GIVEN, VECTOR)
     x = cat.load_given(
-        given, mask, first, total_rows, rows, given_row, given_column, mask_row, mask_column,
-        A, COUNT, REP, ROWS, LANES, PIECE, OWN, GIVEN, MASK, PROBS,
+        given, mask, first, total_rows, rows, given_row, given_column, mask_row, mask_column, shift,
+        A, COUNT, REP, ROWS, LANES, PIECE, OWN, VECTOR, GIVEN, MASK, PROBS,
     )  # fmt: skip
-    k, inside = cat.columns(A, REP, LANES, PIECE)
+    k, inside = cat.columns(shift, A, REP, LANES, PIECE, VECTOR)
     r = tl.arange(0, ROWS)[None, :, None]
     exists = r < tl.minimum(total_rows - first, OWN).to(tl.int32)
     top = 0.0
@@ -32,18 +34,19 @@ def _score_rows(
         top = cat.highest(x, FAST)
         d = x - top
         e = m.exp(d, FAST)
-    e = cat.padded(e, REP, LANES, PIECE, A)
+    e = cat.padded(e, A, REP, LANES, PIECE, VECTOR)
     total = cat.over(e)
     inverse = m.reciprocal(total, FAST)
     log_sum = m.log(total, FAST)
     if SCORE:
         if HOT:
             y = cat.load(
-                value, first, total_rows, rows, value_row, value_column, float("-inf"), 0.0,
-                A, COUNT, REP, ROWS, LANES, PIECE, OWN, VALUE,
+                value, first, total_rows, rows, value_row, value_column, float("-inf"), shift,
+                A, COUNT, REP, ROWS, LANES, PIECE, OWN, cat.beside(VECTOR, GIVEN, VALUE), VALUE,
             )  # fmt: skip
-            chosen = tl.where((y == cat.highest(y, FAST)) & inside, k, A - 1)
+            chosen = tl.where((y == cat.highest(y, FAST)) & inside, k, cat.LATEST)
             chosen = tl.min(tl.min(chosen, 0, keep_dims=True), 2, keep_dims=True)
+            chosen = tl.minimum(chosen - shift, A - 1)
             real = chosen >= 0
             if INDEX:
                 tl.store(index + first + r, chosen.to(tl.int64), mask=exists)
@@ -63,23 +66,24 @@ def _score_rows(
         tl.store(score + first + r, scores.to(score.dtype.element_ty), mask=exists)
     if ENTROPY:
         cat.store_entropy(
-            entropy, e, d, inverse, log_sum, first, r, rows,
-            A, REP, LANES, PIECE, OWN, PROBS, EPS, FAST,
-        )  # fmt: skip
+            entropy, e, d, inverse, log_sum, first, r, rows, inside, OWN, PROBS, EPS, FAST
+        )
 
 
 @triton.jit
 def _score_wide(
     given, mask, value, index, score, entropy, neg_inf, row, rows,
     given_row, given_column, mask_row, mask_column, value_row, value_column,
-    A: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, GIVEN: tl.constexpr,
-    MASK: tl.constexpr, VALUE: tl.constexpr, PROBS: tl.constexpr, EPS: tl.constexpr,
+    A: tl.constexpr, COUNT: tl.constexpr, CHUNKS: tl.constexpr, VECTOR: tl.constexpr,
+    GIVEN: tl.constexpr, MASK: tl.constexpr, VALUE: tl.constexpr, PROBS: tl.constexpr,
+    EPS: tl.constexpr,
     HOT: tl.constexpr, INDEX: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
+    shift = wide.shift_of(row, rows, A, GIVEN, VECTOR)
     top, _, total, weighted, _, _ = wide.sums(
-        given, mask, row, rows, given_row, given_column, mask_row, mask_column,
-        A, COUNT, CHUNKS, GIVEN, MASK, PROBS, ENTROPY, FAST,
+        given, mask, row, shift, rows, given_row, given_column, mask_row, mask_column,
+        A, COUNT, CHUNKS, GIVEN, MASK, VECTOR, PROBS, ENTROPY, FAST,
     )  # fmt: skip
     inverse = m.reciprocal(total, FAST)
     log_sum = m.log(total, FAST)
@@ -87,14 +91,12 @@ def _score_wide(
         if HOT:
             most = tl.full([], float("-inf"), tl.float32)
             chosen = tl.full([], 0, tl.int32)
-            for c in range((A + COUNT - 1) // COUNT):
-                k = c * COUNT + tl.arange(0, COUNT)
-                at = value + cat.offsets(row, 0, k, rows, value_row, value_column, A, VALUE)
-                if A % COUNT == 0:
-                    y = tl.load(at).to(tl.float32)
-                else:
-                    y = tl.load(at, mask=k < A, other=0).to(tl.float32)
-                    y = tl.where(k < A, y, float("-inf"))
+            for c in range(wide.chunks(shift, A, COUNT, VECTOR)):
+                k = wide.places(c, shift, COUNT)
+                y = wide.read(
+                    value, row, c, shift, rows, value_row, value_column, float("-inf"),
+                    A, COUNT, VALUE, cat.beside(VECTOR, GIVEN, VALUE),
+                ).to(tl.float32)  # fmt: skip
                 high = tl.max(y, 0)
                 here = tl.min(tl.where(y == high, k, A - 1), 0)
                 chosen = tl.where(high > most, here, chosen)
@@ -118,8 +120,8 @@ def _score_wide(
     if ENTROPY:
         if PROBS:
             entropies = wide.entropy(
-                given, mask, row, rows, given_row, given_column, mask_row, mask_column, inverse,
-                A, COUNT, GIVEN, MASK, EPS, FAST,
+                given, mask, row, shift, rows, given_row, given_column, mask_row, mask_column,
+                inverse, A, COUNT, GIVEN, MASK, VECTOR, EPS, FAST,
             )  # fmt: skip
         else:
             entropies = log_sum - weighted * inverse
@@ -131,7 +133,8 @@ def score_kernel(
     given, mask, value, index, score, entropy, neg_inf, total_rows, rows,
     given_row, given_column, mask_row, mask_column, value_row, value_column,
     A: tl.constexpr, COUNT: tl.constexpr, REP: tl.constexpr, ROWS: tl.constexpr,
-    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, CHUNKS: tl.constexpr,
+    LANES: tl.constexpr, PIECE: tl.constexpr, OWN: tl.constexpr, VECTOR: tl.constexpr,
+    CHUNKS: tl.constexpr,
     GIVEN: tl.constexpr, MASK: tl.constexpr, VALUE: tl.constexpr, PROBS: tl.constexpr,
     EPS: tl.constexpr, HOT: tl.constexpr, INDEX: tl.constexpr, SCORE: tl.constexpr,
     ENTROPY: tl.constexpr, FAST: tl.constexpr,
@@ -142,12 +145,13 @@ def score_kernel(
         _score_wide(
             given, mask, value, index, score, entropy, neg_inf, program, rows,
             given_row, given_column, mask_row, mask_column, value_row, value_column,
-            A, COUNT, CHUNKS, GIVEN, MASK, VALUE, PROBS, EPS, HOT, INDEX, SCORE, ENTROPY, FAST,
+            A, COUNT, CHUNKS, VECTOR,
+            GIVEN, MASK, VALUE, PROBS, EPS, HOT, INDEX, SCORE, ENTROPY, FAST,
         )  # fmt: skip
     else:
         _score_rows(
             given, mask, value, index, score, entropy, neg_inf, program * OWN, total_rows, rows,
             given_row, given_column, mask_row, mask_column, value_row, value_column,
-            A, COUNT, REP, ROWS, LANES, PIECE, OWN,
+            A, COUNT, REP, ROWS, LANES, PIECE, OWN, VECTOR,
             GIVEN, MASK, VALUE, PROBS, EPS, HOT, INDEX, SCORE, ENTROPY, FAST,
         )  # fmt: skip

@@ -16,13 +16,16 @@ With the gradients gl of the score, gh of the entropy and g of the value's proba
 
 Rows lie in one of three ways, chosen at launch:
 
-- SPLIT, A a power of two up to 2048: `[REP, ROWS, LANES]` with category rep LANES + lane, so that
-  loads are vectors of neighbours and sums go over REP within a thread.
-- GATHER, any other A up to 1024: loaded flat and gathered to `[REP, ROWS, LANES]` with category
-  lane PIECE + rep: a thread has a piece of a row, in order, in its registers, and for A <= 32 a
-  whole row, so that sums and the search need no exchange between threads.
-- WIDE: a program goes over one row chunk by chunk, in one pass with a running maximum; a table of
-  the chunks' sums says which one the draw is in, and only that is read again.
+- SPLIT, A a power of two or long, up to 2048: `[REP, ROWS, LANES]` with category
+  rep LANES + lane, so that loads are vectors of neighbours and sums go over REP within a thread.
+  Where A is no multiple of a vector of 16 bytes, each row is shifted to its place within one:
+  vectors are read whole, of the rows beside as well, and what lies at the two ends of a row is
+  written element by element. As GATHER gradients take 61 slots at A = 1001, so 23.
+- GATHER, any other A, up to 96 and for gradients up to 32: loaded flat and gathered to
+  `[REP, ROWS, LANES]` with category lane PIECE + rep: a thread has a piece of a row, in order, in
+  its registers, and for A <= 32 a whole row, so that sums and the search need no exchange.
+- WIDE: a program goes over one row chunk by chunk, shifted likewise, in one pass with a running
+  maximum; a table of the chunks' sums says which one the draw is in, and only that is read again.
 
 Source: Devroye 1986, "Non-Uniform Random Variate Generation", section III.2, for the inverse CDF;
 Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867, for the running maximum.
@@ -62,6 +65,7 @@ class Tile(NamedTuple):
         lanes: places of a row beside one another.
         piece: categories of a lane for GATHER, else 0.
         own: rows of a tile that are its own.
+        vector: elements of 16 bytes, where a row may begin within them; else 0.
         shared: whether the uniforms of a tile are drawn four rows at a time.
         chunks: chunks of a row for WIDE, to the next power of two; else 0.
         warps: warps of a program.
@@ -74,14 +78,16 @@ class Tile(NamedTuple):
     lanes: int
     piece: int
     own: int
+    vector: int
     shared: bool
     chunks: int
     warps: int
 
 
-# Longest rows of a tile: of a power of two, and of any other size.
+# Longest rows of a tile, and of one whose elements change places.
 SPLIT_MOST = 2048
-GATHER_MOST = 1024
+GATHER_MOST = 96
+GATHER_MOST_BACKWARD = 32
 # Elements of a row in the registers of a thread, for a backward pass.
 HELD_BACKWARD = 32
 # A chunk of a longer row and the warps of its program: 32 elements of a thread. 16 take 17.8 issue
@@ -106,23 +112,33 @@ def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False
             one, full tiles do.
     """
     power = a & (a - 1) == 0
-    if a > (SPLIT_MOST if power else GATHER_MOST):
+    vector = 16 // itemsize
+    # Rows begin at whole vectors, or wherever they do.
+    begin = vector if a % vector else 0
+    if a > SPLIT_MOST:
         count, warps = CHUNK if rows >= FEW_WIDE else CHUNK_OF_FEW
         count = count * held // 64
         chunks = triton.next_power_of_2(-(-a // count))
-        return Tile(rows, count, 1, 1, 1, 0, 1, False, chunks, warps)
+        return Tile(rows, count, 1, 1, 1, 0, 1, begin, False, chunks, warps)
+    piece = reps = 0
     if power:
-        vector = 16 // itemsize
         # A thread of its own for each row of up to 64 bytes, 64 elements of a row at the most.
         beside = 1 if a * itemsize <= 64 else 2
         lanes = min(a, max(vector * beside, a * vector // held))
         threads = max(1, lanes // vector)
-        piece = 0
+        begin = 0
+    elif a > (GATHER_MOST if held > HELD_BACKWARD else GATHER_MOST_BACKWARD):
+        threads = 2
+        while -(-(a + max(begin - 1, 0)) // (threads * vector)) * vector > held * 5 // 4:
+            threads *= 2
+        lanes = threads * vector
+        reps = -(-(a + max(begin - 1, 0)) // lanes)
     else:
+        begin = 0
         # Odd, so that threads read different banks of shared memory.
         threads = lanes = triton.next_power_of_2(-(-a * 4 // (held * 3)))
         piece = -(-a // lanes) if lanes == 1 else -(-a // lanes) | 1
-    rep = triton.next_power_of_2(piece) if piece else a // lanes
+    rep = triton.next_power_of_2(piece or reps or a // lanes)
     # Rows of a warp: one for each thread, and of short rows several.
     many = max(1, min(4, 32 * threads // a)) if a < 32 else 1
     in_warp = max(1, 32 // threads) * triton.next_power_of_2(many)
@@ -140,7 +156,7 @@ def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False
         fitting = fitting // 4 * 4 if tile_rows % 4 == 0 else fitting
         if tight and fitting * 8 >= tile_rows * 7:
             count, own = count // 2, fitting
-    return Tile(-(-rows // own), count, rep, tile_rows, lanes, piece, own, shared, 0, warps)
+    return Tile(-(-rows // own), count, rep, tile_rows, lanes, piece, own, begin, shared, 0, warps)
 
 
 class Form(NamedTuple):
@@ -227,7 +243,8 @@ def draw(
             source.pair, used, source.ticket, source.seed, source.call,
             total_rows, batch.numel(), read.row, read.column, mask_row, mask_column,
             A=a, COUNT=tiles.count, REP=tiles.rep, ROWS=tiles.rows, LANES=tiles.lanes,
-            PIECE=tiles.piece, OWN=tiles.own, SHARED=tiles.shared, CHUNKS=tiles.chunks,
+            PIECE=tiles.piece, OWN=tiles.own, VECTOR=tiles.vector, SHARED=tiles.shared,
+            CHUNKS=tiles.chunks,
             GIVEN=read.layout, MASK=layout, PROBS=probs, EPS=_of_weights(given),
             KIND=form.kind, INDEX=form.index, VALUE=form.value, SCORE=score, ENTROPY=entropy,
             HOST=source.pair is None, ADVANCE=source.ticket is not None, KEEP=used is not None,
@@ -291,10 +308,10 @@ def score(
             total_rows, batch.numel(), read.row, read.column, mask_row, mask_column,
             asked.row, asked.column,
             A=a, COUNT=tiles.count, REP=tiles.rep, ROWS=tiles.rows, LANES=tiles.lanes,
-            PIECE=tiles.piece, OWN=tiles.own, CHUNKS=tiles.chunks, GIVEN=read.layout,
-            MASK=layout, VALUE=asked.layout, PROBS=probs, EPS=_of_weights(given), HOT=hot,
-            INDEX=index is not None, SCORE=value is not None, ENTROPY=entropy, FAST=fast(given),
-            num_warps=tiles.warps,
+            PIECE=tiles.piece, OWN=tiles.own, VECTOR=tiles.vector, CHUNKS=tiles.chunks,
+            GIVEN=read.layout, MASK=layout, VALUE=asked.layout, PROBS=probs,
+            EPS=_of_weights(given), HOT=hot, INDEX=index is not None, SCORE=value is not None,
+            ENTROPY=entropy, FAST=fast(given), num_warps=tiles.warps,
         )  # fmt: skip
     return scores, entropies, index
 
@@ -346,9 +363,9 @@ def backward(
             grad, total_rows, batch.numel(), read.row, read.column, mask_row, mask_column,
             upstream.row, upstream.column,
             A=a, COUNT=tiles.count, REP=tiles.rep, ROWS=tiles.rows, LANES=tiles.lanes,
-            PIECE=tiles.piece, OWN=tiles.own, CHUNKS=tiles.chunks, GIVEN=read.layout,
-            MASK=layout, VALUE=upstream.layout, PROBS=probs, EPS=_of_weights(given),
-            BY_VALUE=by_value, BY_SCORE=grad_score is not None,
+            PIECE=tiles.piece, OWN=tiles.own, VECTOR=tiles.vector, CHUNKS=tiles.chunks,
+            GIVEN=read.layout, MASK=layout, VALUE=upstream.layout, PROBS=probs,
+            EPS=_of_weights(given), BY_VALUE=by_value, BY_SCORE=grad_score is not None,
             BY_ENTROPY=grad_entropy is not None, FAST=fast(given), num_warps=tiles.warps,
         )  # fmt: skip
     return grad

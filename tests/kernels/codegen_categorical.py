@@ -35,16 +35,18 @@ def _size(dtype: str) -> int:
 def _case(name, kernel, tile, a, dtype, types, flags, wanted, moved, slots, everywhere, stored):
     constants = {
         "A": a, "COUNT": tile.count, "REP": tile.rep, "ROWS": tile.rows, "LANES": tile.lanes,
-        "PIECE": tile.piece, "OWN": tile.own, "CHUNKS": tile.chunks, "GIVEN": 0,
-        "EPS": 2.0**-23, "FAST": True, **flags,
+        "PIECE": tile.piece, "OWN": tile.own, "VECTOR": tile.vector, "CHUNKS": tile.chunks,
+        "GIVEN": 0, "EPS": 2.0**-23, "FAST": True, **flags,
         **dict.fromkeys((n for n, needed in wanted.items() if not needed), None),
     }  # fmt: skip
     wide = tile.chunks > 0
     elements = tile.count if wide else tile.own * a
-    # Rows of a wide A that is no multiple of 4 begin anywhere: read one element at a time. Rows of
-    # less than 16 bytes are read whole.
-    whole = a % 8 == 0 if wide else bool(tile.piece) or a * _size(dtype) >= 16
+    # Rows of less than 16 bytes are read whole.
+    whole = wide or bool(tile.piece) or a * _size(dtype) >= 16
     vectors = elements * _size(dtype) // (32 * tile.warps) // 16 if whole else 0
+    if tile.vector:
+        # What lies at the ends of a row is written one element at a time.
+        stored = stored * max(0, a // tile.lanes - 1) * tile.lanes // a if not wide else stored
     return Case(
         f"categorical-{name}", kernel, types, constants, tile.warps, elements, moved,
         None if wide else slots, everywhere=everywhere,
@@ -124,16 +126,25 @@ def backward(
 # up to 15% more; memory allows 7.8 slots for each byte.
 CASES = [
     draw(18, "fp32", 29, everywhere=True),
-    draw(18, "bf16", 33),
+    draw(18, "bf16", 31),
     draw(256, "fp32", 17, everywhere=True),
     draw(256, "bf16", 17),
     draw(3, "fp32", 53),
     draw(8, "fp32", 28),
     draw(64, "fp32", 21),
-    draw(257, "fp32", 28),
-    draw(1000, "fp32", 28),
+    draw(33, "fp32", 22),
+    draw(33, "bf16", 27),
+    draw(257, "fp32", 23.5, everywhere=True),
+    draw(257, "bf16", 27.5),
+    draw(257, "fp32", 30, VALUE=ONE_HOT),
+    draw(1000, "fp32", 19),
+    draw(1000, "bf16", 20),
+    draw(1001, "fp32", 22),
+    draw(1001, "bf16", 26.5),
     draw(2048, "fp32", 19),
     draw(32768, "fp32", everywhere=True),
+    draw(32767, "fp32", everywhere=True),
+    draw(32767, "bf16"),
     draw(50257, "bf16"),
     draw(18, "fp32", 18.5, KIND=MODE),
     draw(256, "fp32", 14, KIND=MEDIAN),
@@ -149,6 +160,11 @@ CASES = [
     backward(256, "fp32", 21, everywhere=True),
     backward(256, "fp32", 24.5, BY_VALUE=PROBS_VALUE),
     backward(18, "fp32", 50, PROBS=True, BY_VALUE=PROBS_VALUE),
-    backward(1000, "fp32", 75),
+    backward(33, "fp32", 34),
+    backward(257, "bf16", 38),
+    backward(1000, "fp32", 21),
+    backward(1001, "fp32", 25.5, everywhere=True),
+    backward(1001, "bf16", 33),
+    backward(32767, "fp32"),
     backward(32768, "fp32", everywhere=True, BY_VALUE=PROBS_VALUE),
 ]

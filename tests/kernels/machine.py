@@ -150,13 +150,15 @@ def _split(text: str) -> tuple[str | None, str]:
 def shortest_way(instructions: list[tuple[int, str]]) -> list[str]:
     """The fewest instructions from the entry to an exit, by Dijkstra 1959."""
     index = {address: i for i, (address, _) in enumerate(instructions)}
+    # An exit of some threads alone is passed by, but where there is no other: a loop may end so.
+    guarded = all(_split(t)[0] for _, t in instructions if _split(t)[1].split(".")[0] == "EXIT")
 
     def successors(i: int) -> list[int] | None:
         text = instructions[i][1]
         predicate, opcode = _split(text)
         name = opcode.split(".")[0]
         if name == "EXIT":
-            return None if predicate is None else [i + 1]
+            return None if predicate is None or guarded else [i + 1]
         if name == "RET":
             # Back to behind a call, which the way has gone on from already.
             return []
