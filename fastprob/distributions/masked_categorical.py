@@ -490,11 +490,19 @@ def _check_mask(name: str, mask: Tensor, given: Tensor) -> None:
             f"{name} expects mask to be a boolean tensor, True where an action is allowed, got "
             f"{mask.dtype}; pass a list of allowed actions as indices"
         )
-    if mask.shape != given.shape and (mask.ndim < 1 or mask.shape[-1] not in (1, given.shape[-1])):
+    if mask.shape != given.shape and not _fits(mask.shape, given.shape):
         raise ValueError(
             f"{name} expects a mask over the {given.shape[-1]} categories, of shape "
             f"{tuple(given.shape)} or broadcastable to it, got {tuple(mask.shape)}"
         )
+
+
+def _fits(mask: torch.Size, given: torch.Size) -> bool:
+    """Whether a mask is one over the categories, in a shape that broadcasts with the logits."""
+    sizes = zip(reversed(mask), reversed(given), strict=False)
+    return (
+        len(mask) > 0 and mask[-1] in (1, given[-1]) and all(1 in s or s[0] == s[1] for s in sizes)
+    )
 
 
 def _check_indices(name: str, indices: Tensor, count: int, padding_value: int | None) -> None:

@@ -32,6 +32,7 @@ def device_pair(x: Tensor, generator: Any) -> Tensor:
             stands for one of them in a graph that is being made.
 
     Raises:
+        TypeError: if it is no generator.
         ValueError: if the stream is on another device.
     """
     if isinstance(generator, Counter):
@@ -94,6 +95,10 @@ def given_pair(state: Tensor) -> Any:
 
 
 def _check_device(x: Tensor, generator: Any) -> None:
+    if not hasattr(generator, "device"):
+        raise TypeError(
+            f"argument 'generator' must be a torch.Generator or a CounterStream, got {generator!r}"
+        )
     if generator.device != x.device and not (
         generator.device.type == x.device.type == "cuda" and generator.device.index is None
     ):
