@@ -84,6 +84,8 @@ def bernoulli(
 _TRIES = 16
 _NEXT_TRY = 1 << 48
 _BOOST = 0x7FFF << 48
+# Elements up to which a try costs the calls, not the arithmetic.
+_FEW = 512
 
 
 def beta(
@@ -107,17 +109,19 @@ def beta(
     shape = a.shape
     pair = torch.stack((a.reshape(-1), b.reshape(-1))).to(dtype)  # [2, N]
     element = torch.arange(pair.shape[1], dtype=torch.int64, device=a.device)
+    # Off a CPU a look at the values stops the device, and vmap and its kin allow none.
+    look = pair.is_cpu and plain_tensors_only()
     d = torch.where(pair < 1.0, pair + 1.0, pair) - 1.0 / 3.0
-    scale = torch.rsqrt(d) / 3.0
-    root = _roots(state, element, d, scale)
+    root = _roots(state, element, d, look)
     gamma = d * root * root * root
-    low, high, _, _ = words(state[0], state[1], element + _BOOST)
-    # In units of the smaller concentration: two that overflow would have no difference.
-    unit = pair.amin(0)
-    less = torch.log2(_to_one(torch.stack((low, high)), dtype)) * (unit / pair)
-    less = torch.where(pair < 1.0, less, 0.0)
-    # The smaller one is made smaller: neither overflows, and never are both 0.
-    gamma = gamma * torch.exp2((less - less.amax(0)) / unit)
+    if not look or (pair < 1.0).any():
+        low, high, _, _ = words(state[0], state[1], element + _BOOST)
+        # In units of the smaller concentration: two that overflow would have no difference.
+        unit = pair.amin(0)
+        less = torch.log2(_to_one(torch.stack((low, high)), dtype)) * (unit / pair)
+        less = torch.where(pair < 1.0, less, 0.0)
+        # The smaller one is made smaller: neither overflows, and never are both 0.
+        gamma = gamma * torch.exp2((less - less.amax(0)) / unit)
     x = (gamma / gamma.sum(0)).clamp(info.tiny, 1.0 - info.eps / 2)
     return x[0].reshape(shape).to(a.dtype), x[1].reshape(shape).to(a.dtype)
 
@@ -126,41 +130,46 @@ def _roots(
     state: Tensor,  # int64 [2]
     element: Tensor,  # int64 [N]
     d: Tensor,  # [2, N]
-    scale: Tensor,  # [2, N]
+    look: bool,
 ) -> Tensor:  # [2, N]
     """1 + t of the first try that is accepted, of both Gammas of each element."""
-    root, rejected = _try(state, element, d, scale)
-    root = torch.where(rejected, 1.0, root)
-    # Off a CPU a look at the values stops the device, and vmap and its kin allow none.
-    look = d.is_cpu and plain_tensors_only()
-    for k in range(1, _TRIES):
-        if look:
-            # What is left is 1 in 10 after the first try and falls as fast: 1.2 tries in all.
-            left = rejected.any(0).nonzero()[:, 0]
-            if not left.numel():
-                break
-            new, again = _try(state, element[left] + k * _NEXT_TRY, d[:, left], scale[:, left])
-            waiting = rejected[:, left]
-            root[:, left] = torch.where(waiting & ~again, new, root[:, left])
-            rejected[:, left] = waiting & again
-        else:
-            new, again = _try(state, element + k * _NEXT_TRY, d, scale)
-            root = torch.where(rejected & ~again, new, root)
-            rejected = rejected & again
-    return root
+    if not look:
+        root, accepted = _tries(state, element, d, 0, _TRIES)
+        return torch.where(accepted, root, 1.0)
+    # Few elements cost the same for one try as for four; of many only those that are left go on.
+    made = 4 if element.numel() <= _FEW else 1
+    root, accepted = _tries(state, element, d, 0, made)
+    while made < _TRIES:
+        left = (~accepted.all(0)).nonzero()[:, 0]
+        if not left.numel():
+            break
+        count = 4 - made % 4
+        new, now = _tries(state, element[left], d[:, left], made, count)
+        before = accepted[:, left]
+        root[:, left] = torch.where(before, root[:, left], new)
+        accepted[:, left] = before | now
+        made += count
+    return torch.where(accepted, root, 1.0)
 
 
-def _try(state: Tensor, element: Tensor, d: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """1 + t of one try for both Gammas, and whether it is rejected.
+def _tries(
+    state: Tensor,  # int64 [2]
+    element: Tensor,  # int64 [N]
+    d: Tensor,  # [2, N]
+    first: int,
+    count: int,
+) -> tuple[Tensor, Tensor]:  # [2, N] each
+    """1 + t of the first of `count` tries that is accepted, and whether one is.
 
     log(u) < z^2 / 2 + d (1 - v + log(v)) with v = (1 + t)^3 is the source's rule. Worked out, it is
     log(u) < 3 d (log(1 + t) - t + t^2 / 2 - t^3 / 3), whose terms of a small t are those from the
     fourth power on.
     """
-    w0, w1, w2, w3 = words(state[0], state[1], element)
-    z = torch.stack(_box_muller(w0, w1, d.dtype))
-    log_u = torch.log(_to_one(torch.stack((w2, w3)), d.dtype))
-    t = z * scale
+    number = torch.arange(first, first + count, dtype=torch.int64, device=d.device)
+    w0, w1, w2, w3 = words(state[0], state[1], element + _NEXT_TRY * number[:, None])
+    z = torch.stack(_box_muller(w0, w1, d.dtype), 1)  # [count, 2, N]
+    log_u = torch.log(_to_one(torch.stack((w2, w3), 1), d.dtype))
+    t = z * (torch.rsqrt(d) / 3.0)
     root = 1.0 + t
     series = torch.zeros_like(t)
     for power in range(_LAST_POWER, 3, -1):
@@ -168,7 +177,11 @@ def _try(state: Tensor, element: Tensor, d: Tensor, scale: Tensor) -> tuple[Tens
     near = series * (t * t) * (t * t)
     far = torch.log(root.clamp_min(1e-9)) + t * (t * (0.5 - t / 3.0) - 1.0)
     bound = 3.0 * d * torch.where(t.abs() < 0.25, near, far)
-    return root, ~((log_u < bound) & (root > 0.0))
+    accepted = (log_u < bound) & (root > 0.0)
+    if count == 1:
+        return root[0], accepted[0]
+    at = accepted.to(torch.int8).argmax(0, keepdim=True)
+    return root.gather(0, at)[0], accepted.any(0)
 
 
 # The series of log(1 + t) up to here is off by 4e-14 at t = 1/4.
