@@ -86,8 +86,6 @@ def test_a_disagreeing_loop_has_no_speed(capsys):
         return ppo_continuous.train(settings, replace(flags, seed=flags.seed + shift))
 
     loop = compare.LOOPS["ppo_independentnormal"].shortened()
-    right = compare._compare(loop, [0], Flags(), PlainProgress(), 0)
-    assert right.problems == []
     wrong = compare._compare(replace(loop, train=other_noise), [0], Flags(), PlainProgress(), 0)
     (problem,) = wrong.problems
     assert "the same noise was drawn" in problem
