@@ -36,6 +36,8 @@ from fastprob.kernels._launch import (
 
 # Widest segment of a one-hot row that is brought together in a tile; wider ones are gone over.
 WIDEST = 1024
+# Longest row of several segments that a thread has in its registers.
+NARROW = 128
 
 
 @triton.jit
@@ -312,13 +314,75 @@ def _one_hot_tile(
     tile.store(out, start, in_steps(hot, out), i, inside, COUNT, TILE, WHOLE)
 
 
+@triton.constexpr_function
+def begin_of(begins, part):
+    """Where a segment begins, by a number whose bits are set where one does, or the row ends."""
+    for _ in range(part):
+        begins &= begins - 1
+    return (begins & -begins).bit_length() - 1
+
+
+@triton.jit
+def _segments_tile(
+    value, out, members, mask, start, left, rows_left, first_row,
+    A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, OWN: tl.constexpr, BEGINS: tl.constexpr, PERIOD: tl.constexpr,
+    MASKED: tl.constexpr, MEMBER: tl.constexpr, KEEP: tl.constexpr, WORK: tl.constexpr,
+    LEAST: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """A tile of narrow rows of several segments: a thread has whole rows in its registers.
+
+    Which of them belong to a segment is settled when compiled, and what stands in for the others is
+    not compared: 64 compiled comparisons of 4 segments of 16 are those of 16 entries.
+    """
+    i = tl.arange(0, COUNT)
+    inside = i < left
+    x, _ = _entries(value, mask, start, i, inside, A, COUNT, PERIOD, False, WORK, WHOLE)
+    REP: tl.constexpr = triton.next_power_of_2(A)
+    rep = tl.arange(0, REP)[:, None]
+    row = tl.arange(0, ROWS)[None, :]
+    place = tl.where(rep < A, tl.minimum(row, OWN - 1) * A + rep, 0)
+    x = tl.reshape(tl.gather(x, tl.reshape(place, [REP * ROWS]), 0), [REP, ROWS])
+    allowed = rep < A
+    if MASKED:
+        column = ((first_row + row) % (PERIOD // A)).to(tl.int32) * A + rep
+        allowed = tl.load(mask + column, mask=allowed, other=0) != 0
+    k = key(x, allowed, MASKED, LEAST)
+    s = share(x, allowed, MASKED)
+    # -0 is left out of a sum when compiled, as 0 is not.
+    EMPTY: tl.constexpr = -0.0 if x.dtype == tl.float32 else 0
+    winner = tl.zeros([REP, ROWS], tl.int32)
+    for part in tl.static_range(PARTS):
+        here = (rep >= begin_of(BEGINS, part)) & (rep < begin_of(BEGINS, part + 1))
+        top = tl.max(tl.where(here, k, LEAST), 0, keep_dims=True)
+        first = tl.min(tl.where(here & (k == top), rep, 0x7FFFFFFF), 0, keep_dims=True)
+        if MEMBER:
+            forbidden = first * 0
+            if MASKED and x.dtype != tl.float32:
+                wrong = here & (x != 0) & (allowed == 0)
+                forbidden = tl.max(wrong.to(tl.int32), 0, keep_dims=True)
+            sums = tl.sum(tl.where(here, s, EMPTY), 0, keep_dims=True)
+            member = _is_member(sums, forbidden, value, MASKED)
+            if KEEP:
+                exists = (row < OWN) & (row < rows_left)
+                tl.store(members + (first_row + row) * PARTS + part, member, mask=exists)
+            first = tl.where(member, -1, first)
+        winner = tl.where(here, first, winner)
+    hot = (rep == winner).to(WORK)
+    if MEMBER:
+        hot = tl.where(winner < 0, x, hot)
+    source = (i % A) * ROWS + tl.minimum(i // A, ROWS - 1)
+    hot = tl.gather(tl.reshape(hot, [REP * ROWS]), source, 0)
+    tile.store(out, start, in_steps(hot, out), i, inside, COUNT, TILE, WHOLE)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def one_hot_kernel(
     value, out, members, mask, tables, rows,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, OWN: tl.constexpr, GATHER: tl.constexpr,
     PERIOD: tl.constexpr, MASKED: tl.constexpr, MEMBER: tl.constexpr, KEEP: tl.constexpr,
-    WORK: tl.constexpr, LEAST: tl.constexpr,
+    WORK: tl.constexpr, LEAST: tl.constexpr, BEGINS: tl.constexpr,
 ):  # fmt: skip
     """Projects whole rows of A entries, in PARTS segments each.
 
@@ -344,11 +408,26 @@ def one_hot_kernel(
         KEEP: whether `members` is written.
         WORK: type that entries are compared in.
         LEAST: the smallest integer of a key, see `key`.
+        BEGINS: where segments begin, see `begin_of`; 0 for rows that are not narrow. Else ROWS and
+            OWN count rows.
     """
     program = tl.program_id(0).to(tl.int64)
     start = program * TILE
     end = rows.to(tl.int64) * A
-    if start + COUNT <= end:
+    if BEGINS:
+        first = program * OWN
+        if start + COUNT <= end:
+            _segments_tile(
+                value, out, members, mask, start, COUNT, rows - first, first, A, COUNT, TILE, PARTS,
+                ROWS, OWN, BEGINS, PERIOD, MASKED, MEMBER, KEEP, WORK, LEAST, True,
+            )  # fmt: skip
+        else:
+            _segments_tile(
+                value, out, members, mask, start, tl.minimum(end - start, TILE).to(tl.int32),
+                rows - first, first, A, COUNT, TILE, PARTS,
+                ROWS, OWN, BEGINS, PERIOD, MASKED, MEMBER, KEEP, WORK, LEAST, False,
+            )  # fmt: skip
+    elif start + COUNT <= end:
         _one_hot_tile(
             value, out, members, mask, tables, start, COUNT,
             rows.to(tl.int64) * PARTS, program * OWN,
@@ -423,6 +502,14 @@ class _Rows(NamedTuple):
     own: int
     gather: bool
     warps: int
+
+
+@functools.lru_cache(maxsize=4096)
+def begins(widths: tuple[int, ...]) -> int:
+    """`BEGINS` of the kernels for rows of several segments; 0 where they are too wide for it."""
+    if len(widths) == 1 or sum(widths) > NARROW:
+        return 0
+    return sum(1 << sum(widths[:part]) for part in range(len(widths) + 1))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -592,7 +679,9 @@ def one_hot(
         # Segments of one width are rows of their own.
         a, parts = width, 1
     rows = total // a
-    grid = one_hot_grid(rows, a, parts, width, min(x.element_size(), out.element_size()))
+    narrow = begins(tuple(widths)) if parts > 1 else 0
+    segments = (1, a) if narrow else (parts, width)
+    grid = one_hot_grid(rows, a, *segments, min(x.element_size(), out.element_size()))
     work = tl.float32 if x.dtype.is_floating_point else _integers(x.dtype)
     flags = {
         "A": a, "PARTS": parts, "PERIOD": period, "MASKED": mask is not None, "MEMBER": member,
@@ -607,6 +696,6 @@ def one_hot(
             one_hot_kernel[(grid.programs,)](
                 x, out, members, mask, tables, rows, COUNT=grid.count, TILE=grid.tile,
                 WIDTH=grid.width, ROWS=grid.rows, OWN=grid.own, GATHER=grid.gather,
-                num_warps=grid.warps, **flags,
+                BEGINS=narrow, num_warps=grid.warps, **flags,
             )  # fmt: skip
     return out, members

@@ -68,7 +68,9 @@ def one_hot(
 ) -> Case:  # fmt: skip
     a, parts = sum(widths), len(widths)
     size = min(SIZES[value], SIZES[out])
-    grid = projection.one_hot_grid(ROWS, a, parts, max(widths), size)
+    begins = projection.begins(widths)
+    segments = (1, a) if begins else (parts, max(widths))
+    grid = projection.one_hot_grid(ROWS, a, *segments, size)
     work = _work(value)
     member = value == out
     types = {
@@ -87,7 +89,7 @@ def one_hot(
     if grid.count:
         constants |= {
             "COUNT": grid.count, "TILE": grid.tile, "WIDTH": grid.width, "ROWS": grid.rows,
-            "OWN": grid.own, "GATHER": grid.gather,
+            "OWN": grid.own, "GATHER": grid.gather, "BEGINS": begins,
         }  # fmt: skip
     else:
         kernel = projection.wide_one_hot_kernel
@@ -101,8 +103,8 @@ def one_hot(
     )  # fmt: skip
 
 
-# What was measured and 15%. All are bound by memory, whose limit is 62 slots at 8 bytes, but for
-# segments of several widths: 89 slots at 12 bytes, where memory allows 93 and the integer pipe 64.
+# What was measured and 15%. All are bound by memory, whose limit is 62 slots at 8 bytes, but for a
+# mask over segments of several widths in bf16: 39 slots at 4 bytes, where memory allows 31.
 CASES = [
     elements("clamp", "fp32", "fp32", 5.8, everywhere=True),
     elements("clamp", "bf16", "bf16", 7.9),
@@ -120,6 +122,9 @@ CASES = [
     one_hot((64,), "fp32", "i1", 16.5, vectors=False),
     one_hot((17,), "fp32", "i64", 33, vectors=False, everywhere=True),
     one_hot((17,), "fp32", "fp32", 51, masked=True),
-    one_hot((4, 1, 9, 2), "fp32", "i64", 100, vectors=False),
+    one_hot((4, 1, 9, 2), "fp32", "i64", 19.5, vectors=False, everywhere=True),
+    one_hot((4, 3, 4), "bf16", "bf16", 44, masked=True),
+    one_hot((10, 12, 8), "fp32", "i64", 41, vectors=False),
+    one_hot((40, 3, 30), "fp32", "i64", 38, vectors=False),
     one_hot((3000,), "fp32", "i64", 34, everywhere=True),
 ]
