@@ -118,7 +118,7 @@ def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False
     if a > SPLIT_MOST:
         count, warps = CHUNK if rows >= FEW_WIDE else CHUNK_OF_FEW
         count = count * held // 64
-        chunks = triton.next_power_of_2(-(-a // count))
+        chunks = triton.next_power_of_2(-(-(a + max(begin - 1, 0)) // count))
         return Tile(rows, count, 1, 1, 1, 0, 1, begin, False, chunks, warps)
     piece = reps = 0
     if power:

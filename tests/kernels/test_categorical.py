@@ -305,6 +305,28 @@ def test_what_has_no_probability_is_never_drawn(a, device):
         assert (weights.gather(-1, index.unsqueeze(-1)) > 0).all()
 
 
+@pytest.mark.parametrize("a", [98, 257, 1001, 2047, 16383])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_ends_of_rows_that_begin_within_a_vector(a, dtype, device):
+    """The last row is as long as the tensor, and a row may reach into one more chunk than others."""
+    for k in (0, a - 1):
+        logits = torch.full((9, a), -50.0, dtype=dtype, device=device)
+        logits[:, k] = 3.0
+        index, hot, score, entropy, _ = kernels.draw(
+            logits, None, EMPTY, form(RANDOM, ONE_HOT), state=State(pair(device)), entropy=True
+        )
+        assert index.tolist() == [k] * 9
+        assert torch.equal(hot, torch.nn.functional.one_hot(index, a))
+        assert torch.equal(score, torch.zeros_like(score))
+        one, none = torch.ones_like(score), torch.zeros_like(entropy)
+        grad = kernels.backward(None, one, none, logits, None, index * 0, EMPTY)
+        # The score of the first category, by its own logit and by that of category k.
+        expected = torch.zeros_like(grad)
+        expected[:, 0] += 1.0
+        expected[:, k] -= 1.0
+        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_frequencies(device):
     """Chi-square of draws from logits, from weights and under a mask, one for each row."""
     p = torch.tensor([0.02, 0.3, 0.0, 0.18, 0.25, 0.05, 0.2], device=device)
@@ -328,7 +350,7 @@ def test_frequencies(device):
         assert torch.special.gammaincc(freedom / 2, statistic / 2) > 1e-3
 
 
-@pytest.mark.parametrize("a", [3, 64, 257, 4096])
+@pytest.mark.parametrize("a", [3, 64, 257, 1001, 2051, 4096])
 def test_strided_and_expanded_inputs_are_read_where_they_lie(a, device):
     rows = 2 if a > 200 else 9
     turned = logits_of((a, rows), torch.float32, device).T
@@ -592,16 +614,18 @@ def test_more_than_2_to_the_31_elements_are_addressed(device):
 
 
 def test_tiles_hold_all_rows():
-    for a in (*range(1, 70), 100, 255, 256, 257, 1000, 1024, 1025, 2048, 2049, 32768, 50257):
+    more = 100, 255, 256, 257, 1000, 1023, 1024, 1025, 2047, 2048, 2049, 16383, 32767, 32768, 50257
+    for a in (*range(1, 70), *more):
         for rows, itemsize, tight in itertools.product((1, 5, 10**5), (2, 4), (False, True)):
             held = kernels.HELD_BACKWARD if tight else 64
             tiles = kernels.tiling(rows, a, itemsize, held, tight)
             assert tiles.programs * tiles.own >= rows
             assert tiles.own <= tiles.rows
+            shifted = a + max(tiles.vector - 1, 0)
             if tiles.chunks:
-                assert tiles.chunks * tiles.count >= a
+                assert tiles.chunks * tiles.count >= shifted
                 continue
-            assert tiles.rep * tiles.lanes >= a
+            assert tiles.rep * tiles.lanes >= shifted
             if tiles.piece:
                 assert tiles.rep >= tiles.piece and tiles.lanes * tiles.piece >= a
                 # What the last lane reads past its row is still in the tile.
