@@ -181,7 +181,8 @@ def _draw_tile(
     one = mode(par, FROM_PROBS)
     if RANDOM:
         one = drawn(par, e, uniforms_to_one(seed, call, start, COUNT), FROM_PROBS)
-    tile.store(value, start, tl.where(one, 1.0, 0.0), i, inside, COUNT, TILE, WHOLE)
+    ones = tl.where(one, 1.0, 0.0)
+    tile.store(value, start, ones, i, inside, COUNT, TILE, WHOLE and TILE % 4 == 0)
     cost = tl.zeros([COUNT], tl.float32)
     entropy = cost
     if SCORE or ENTROPY:
@@ -200,16 +201,16 @@ def _draw_tile(
 
 @triton.jit
 def _store_sums(
-    score, entropy, cost, terms, first, total_rows, rows,
+    score, entropy, cost, terms, first, total_rows, rows, lead,
     A: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, OWN: tl.constexpr,
     GATHER: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The scores and entropies of a tile's rows, from its terms."""
     if SCORE:
-        sums = tile.sum_rows(cost, A, COUNT, ROWS, GATHER)
+        sums = tile.sum_rows(cost, A, COUNT, ROWS, GATHER, lead)
         tile.store_rows(score, first, -sums, total_rows, ROWS, OWN, WHOLE)
     if ENTROPY:
-        sums = tile.sum_rows(terms, A, COUNT, ROWS, GATHER)
+        sums = tile.sum_rows(terms, A, COUNT, ROWS, GATHER, lead)
         # An entropy has no sample dimensions: the rows of the first sample write it.
         tile.store_rows(entropy, first, sums, rows, ROWS, OWN, False)
 
@@ -245,30 +246,32 @@ def draw_kernel(
             costs += cost
             terms += term
         _store_sums(
-            score, entropy, costs, terms, program, total_rows, rows,
+            score, entropy, costs, terms, program, total_rows, rows, 0,
             A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
         )  # fmt: skip
     else:
         first = program * OWN
-        start = program * TILE
+        start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             cost, term = _draw_tile(
-                given, value, seed, call, start, 0, COUNT, rows, given_row, given_column,
+                given, value, seed, call, start, 0, tile.kept(lead, TILE, COUNT), rows,
+                given_row, given_column,
                 A, COUNT, TILE, GIVEN, FROM_PROBS, EPS, RANDOM, SCORE, ENTROPY, FAST, True,
             )  # fmt: skip
             _store_sums(
-                score, entropy, cost, term, first, total_rows, rows,
+                score, entropy, cost, term, first, total_rows, rows, lead,
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, True,
             )  # fmt: skip
         else:
             cost, term = _draw_tile(
-                given, value, seed, call, start, 0, tl.minimum(end - start, TILE).to(tl.int32),
+                given, value, seed, call, start, 0,
+                tl.minimum(end - start, lead + TILE).to(tl.int32),
                 rows, given_row, given_column,
                 A, COUNT, TILE, GIVEN, FROM_PROBS, EPS, RANDOM, SCORE, ENTROPY, FAST, False,
             )  # fmt: skip
             _store_sums(
-                score, entropy, cost, term, first, total_rows, rows,
+                score, entropy, cost, term, first, total_rows, rows, lead,
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, False,
             )  # fmt: skip
     if RANDOM:
@@ -329,11 +332,11 @@ def score_kernel(
             costs += cost
             terms += term
         _store_sums(
-            score, entropy, costs, terms, program, total_rows, rows,
+            score, entropy, costs, terms, program, total_rows, rows, 0,
             A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
         )  # fmt: skip
     else:
-        start = program * TILE
+        start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             cost, term = _score_tile(
@@ -342,17 +345,17 @@ def score_kernel(
                 A, COUNT, GIVEN, VALUE, FROM_PROBS, EPS, SCORE, ENTROPY, FAST, True,
             )  # fmt: skip
             _store_sums(
-                score, entropy, cost, term, program * OWN, total_rows, rows,
+                score, entropy, cost, term, program * OWN, total_rows, rows, lead,
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, True,
             )  # fmt: skip
         else:
             cost, term = _score_tile(
-                given, value, start, 0, tl.minimum(end - start, TILE).to(tl.int32), rows,
+                given, value, start, 0, tl.minimum(end - start, lead + TILE).to(tl.int32), rows,
                 given_row, given_column, value_row, value_column,
                 A, COUNT, GIVEN, VALUE, FROM_PROBS, EPS, SCORE, ENTROPY, FAST, False,
             )  # fmt: skip
             _store_sums(
-                score, entropy, cost, term, program * OWN, total_rows, rows,
+                score, entropy, cost, term, program * OWN, total_rows, rows, lead,
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, False,
             )  # fmt: skip
 
@@ -492,7 +495,7 @@ def draw(
         return value, scores, entropies, used if used is None else used.zero_()
     par = parameter(given, ndims, bool(shape))
     source = state or NO_STATE
-    grid = forward_grid(total // a, a)
+    grid = forward_grid(total // a, a, True)
     with launching(given):
         draw_kernel[(grid.programs,)](
             par.tensor, value, scores, entropies,
@@ -544,7 +547,7 @@ def score(
         return scores, entropies
     par = parameter(given, ndims, bool(shape))
     scored = par if value is None else parameter(value, ndims, False)
-    grid = forward_grid(total_rows, a)
+    grid = forward_grid(total_rows, a, True)
     with launching(given):
         score_kernel[(grid.programs,)](
             par.tensor, scored.tensor, scores, entropies, total_rows, rows,

@@ -66,7 +66,7 @@ def _draw_tile(
     )
     if MAP:
         sigma = positive(sigma, bias, least, floor, MAP, FAST)
-        tile.store(mapped, start, sigma, i, inside, COUNT, TILE, WHOLE)
+        tile.store(mapped, start, sigma, i, inside, COUNT, TILE, WHOLE and TILE % 4 == 0)
         if not WHOLE:
             sigma = tl.where(inside, sigma, 1.0)
     z = tl.zeros([COUNT], tl.float32)
@@ -77,7 +77,7 @@ def _draw_tile(
     if CLAMP:
         least, most = tile.bounds(low, high, lo, hi, start, i, A, COUNT, CLAMP)
         x = tile.clamp(x, least, most)
-    tile.store(value, start, x, i, inside, COUNT, TILE, WHOLE)
+    tile.store(value, start, x, i, inside, COUNT, TILE, WHOLE and TILE % 4 == 0)
     log_sigma = z
     if SCORE or ENTROPY:
         log_sigma = m.log(sigma, FAST)
@@ -91,16 +91,16 @@ def _draw_tile(
 
 @triton.jit
 def _store_sums(
-    score, entropy, energy, log_sigma, first, total_rows, rows,
+    score, entropy, energy, log_sigma, first, total_rows, rows, lead,
     A: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, OWN: tl.constexpr,
     GATHER: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The scores and entropies of a tile's rows, from its terms."""
     if SCORE:
-        sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER)
+        sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER, lead)
         tile.store_rows(score, first, -sums - A * m.HALF_LOG_2PI, total_rows, ROWS, OWN, WHOLE)
     if ENTROPY:
-        sums = tile.sum_rows(log_sigma, A, COUNT, ROWS, GATHER)
+        sums = tile.sum_rows(log_sigma, A, COUNT, ROWS, GATHER, lead)
         # An entropy has no sample dimensions: the rows of the first sample write it.
         tile.store_rows(entropy, first, sums + A * (0.5 + m.HALF_LOG_2PI), rows, ROWS, OWN, False)
 
@@ -137,34 +137,35 @@ def draw_kernel(
             energies += energy
             logs += log_sigma
         _store_sums(
-            score, entropy, energies, logs, program, total_rows, rows,
+            score, entropy, energies, logs, program, total_rows, rows, 0,
             A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
         )  # fmt: skip
     else:
         first = program * OWN
-        start = program * TILE
+        start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy, log_sigma = _draw_tile(
                 loc, scale, value, mapped, low, high, lo, hi, bias, least, floor, seed, call,
-                start, 0, COUNT, rows, loc_row, loc_column, scale_row, scale_column,
+                start, 0, tile.kept(lead, TILE, COUNT), rows,
+                loc_row, loc_column, scale_row, scale_column,
                 A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, ENTROPY, CLAMP, MAP, FAST,
                 True,
             )  # fmt: skip
             _store_sums(
-                score, entropy, energy, log_sigma, first, total_rows, rows,
+                score, entropy, energy, log_sigma, first, total_rows, rows, lead,
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, True,
             )  # fmt: skip
         else:
             energy, log_sigma = _draw_tile(
                 loc, scale, value, mapped, low, high, lo, hi, bias, least, floor, seed, call,
-                start, 0, tl.minimum(end - start, TILE).to(tl.int32), rows,
+                start, 0, tl.minimum(end - start, lead + TILE).to(tl.int32), rows,
                 loc_row, loc_column, scale_row, scale_column,
                 A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, ENTROPY, CLAMP, MAP, FAST,
                 False,
             )  # fmt: skip
             _store_sums(
-                score, entropy, energy, log_sigma, first, total_rows, rows,
+                score, entropy, energy, log_sigma, first, total_rows, rows, lead,
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, False,
             )  # fmt: skip
     if RANDOM:
@@ -311,11 +312,11 @@ def score_kernel(
             energies += energy
             logs += log_sigma
         _store_sums(
-            score, entropy, energies, logs, program, total_rows, rows,
+            score, entropy, energies, logs, program, total_rows, rows, 0,
             A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
         )  # fmt: skip
     else:
-        start = program * TILE
+        start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy, log_sigma = _score_tile(
@@ -324,18 +325,18 @@ def score_kernel(
                 A, COUNT, LOC, SCALE, VALUE, SCORE, FAST, True,
             )  # fmt: skip
             _store_sums(
-                score, entropy, energy, log_sigma, program * OWN, total_rows, rows,
+                score, entropy, energy, log_sigma, program * OWN, total_rows, rows, lead,
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, True,
             )  # fmt: skip
         else:
             energy, log_sigma = _score_tile(
                 loc, scale, value, start, 0,
-                tl.minimum(end - start, TILE).to(tl.int32), rows,
+                tl.minimum(end - start, lead + TILE).to(tl.int32), rows,
                 loc_row, loc_column, scale_row, scale_column, value_row, value_column,
                 A, COUNT, LOC, SCALE, VALUE, SCORE, FAST, False,
             )  # fmt: skip
             _store_sums(
-                score, entropy, energy, log_sigma, program * OWN, total_rows, rows,
+                score, entropy, energy, log_sigma, program * OWN, total_rows, rows, lead,
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, False,
             )  # fmt: skip
 
@@ -450,7 +451,7 @@ def draw(
     sigma = parameter(scale, ndims, bool(shape))
     kind, lo, hi, low, high = bounds_of(clamp)
     source = state or NO_STATE
-    grid = forward_grid(total_rows, a)
+    grid = forward_grid(total_rows, a, True)
     with launching(loc):
         draw_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, value, scores, entropies, mapped, low, high, lo, hi,
@@ -567,7 +568,7 @@ def score(
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
     given = mu if value is None else parameter(value, ndims, False)
-    grid = forward_grid(total_rows, a)
+    grid = forward_grid(total_rows, a, True)
     with launching(loc):
         score_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, given.tensor, scores, entropies, total_rows, rows,

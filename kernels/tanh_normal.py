@@ -20,6 +20,14 @@ never through atanh. With g the gradient of the value, gl that of its score, u =
 
 Where tanh is limited to 1 - resolution, the value's gradient takes 1 - tanh(x)^2 at that limit.
 
+The mode and the mean of y are found in registers, see `_tanh_points`. At the mode the score does
+not change with x, and z / scale = 2 tanh(x), so that
+
+    dx/dloc = 1 / (1 - 2 scale^2 (1 - tanh(x)^2))         dx/dscale = 4 scale tanh(x) dx/dloc
+    dl/dloc = 2 tanh(x)                                   dl/dscale = (z^2 - 1) / scale
+
+A mean is scored as a given value, and its score's gradient goes through it.
+
 Source: Haarnoja et al. 2018, "Soft actor-critic", appendix C; a draw's gradient as in `normal`.
 """
 
@@ -34,6 +42,7 @@ from torch import Tensor
 
 from fastprob.kernels import _math as m
 from fastprob.kernels import _random as random
+from fastprob.kernels import _tanh_points as points
 from fastprob.kernels import _tile as tile
 from fastprob.kernels._launch import (
     FLAT,
@@ -56,6 +65,9 @@ from fastprob.kernels._launch import (
 from fastprob.kernels._scale import positive
 from fastprob.kernels._scale import slope as slope_of
 
+# How a value is chosen.
+RANDOM, MEDIAN, MEAN, MODE = range(4)
+_RANDOM, _MEDIAN, _MEAN, _MODE = (tl.constexpr(kind) for kind in range(4))
 # What the terms of a drawn value lack: log(2 pi) / 2 of the Normal, and log(4) of the Jacobian.
 DRAWN = tl.constexpr(2.305232894324563)
 # 1 minus the resolution of the dtype, rounded to it: the largest |tanh| that is let through.
@@ -89,7 +101,7 @@ def _draw_tile(
     bias, least, floor, seed, call, start, skip, left,
     rows, loc_row, loc_column, scale_row, scale_column,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, LOC: tl.constexpr,
-    SCALE: tl.constexpr, RANDOM: tl.constexpr, SCORE: tl.constexpr, SPAN: tl.constexpr,
+    SCALE: tl.constexpr, KIND: tl.constexpr, SCORE: tl.constexpr, SPAN: tl.constexpr,
     LIMIT: tl.constexpr, CLAMP: tl.constexpr, MAP: tl.constexpr, FAST: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -98,43 +110,59 @@ def _draw_tile(
     inside = (i >= skip) & (i < left)
     mu = tile.load(loc, start, i, inside, 0.0, rows, loc_row, loc_column, A, COUNT, LOC, WHOLE)
     sigma = mu
-    if RANDOM or SCORE or MAP:
+    if KIND != _MEDIAN or SCORE or MAP:
         sigma = tile.load(
             scale, start, i, inside, 1.0, rows, scale_row, scale_column, A, COUNT, SCALE, WHOLE
         )
     if MAP:
         sigma = positive(sigma, bias, least, floor, MAP, FAST)
-        tile.store(mapped, start, sigma, i, inside, COUNT, TILE, WHOLE)
+        tile.store(mapped, start, sigma, i, inside, COUNT, TILE, WHOLE and TILE % 4 == 0)
     z = tl.zeros([COUNT], tl.float32)
     x = mu
-    if RANDOM:
-        z = random.normals(seed, call, start, COUNT, FAST)
-        x = mu + z * sigma
-    t, q = m.tanh_parts(x, FAST)
-    y = m.abs_tanh(x, (1.0 - t) * q)
-    if LIMIT < 1.0:
-        y = tl.minimum(y, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    y = m.with_sign(y, x)
+    if KIND == _MEAN:
+        y, rest = points.mean(mu, sigma, FAST)
+        inner = sigma
+        if SCORE:
+            rest = tl.maximum(rest, 1.0 - LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            z = m.divide(points.before(y, rest, FAST) - tl.abs(mu), sigma, FAST)
+            inner = sigma * (rest * (2.0 - rest))
+        y = m.with_sign(y, mu)
+    else:
+        if KIND == _MODE:
+            x, y, _ = points.mode(mu, sigma, FAST)
+            z = 2.0 * sigma * y
+            x = tl.where(mu < 0, -x, x)
+            q = 0.5 * y + 0.5
+        else:
+            if KIND == _RANDOM:
+                z = random.normals(seed, call, start, COUNT, FAST)
+                x = mu + z * sigma
+            t, q = m.tanh_parts(x, FAST)
+            y = m.abs_tanh(x, (1.0 - t) * q)
+        inner = sigma * q * q
+        if LIMIT < 1.0:
+            y = tl.minimum(y, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        y = m.with_sign(y, x)
     width, middle = tile.bounds(halves, mids, half, mid, start, i, A, COUNT, SPAN)
     if SPAN:
         y = y * width + middle
     if CLAMP:
         least, most = tile.bounds(low, high, lo, hi, start, i, A, COUNT, CLAMP)
         y = tile.clamp(y, least, most)
-    tile.store(value, start, y, i, inside, COUNT, TILE, WHOLE)
+    tile.store(value, start, y, i, inside, COUNT, TILE, WHOLE and TILE % 4 == 0)
     energy = z
     if SCORE:
-        inner = sigma * q * q
         if SPAN == 2:
             inner = inner * width
         # Constants here and not in the sums, which would grow beyond the scores: no instruction.
-        constant = DRAWN
+        constant = m.HALF_LOG_2PI if KIND == _MEAN else DRAWN
         if SPAN == 1:
             constant += log_half
         energy = m.log2(inner, FAST) * m.LN2 + constant
-        if RANDOM:
+        if KIND != _MEDIAN:
             energy += z * z * 0.5
-        energy = energy - tl.abs(x) * 2.0
+        if KIND != _MEAN:
+            energy = energy - tl.abs(x) * 2.0
         if not WHOLE:
             energy = tl.where(inside, energy, 0.0)
     return energy
@@ -147,13 +175,13 @@ def draw_kernel(
     loc_row, loc_column, scale_row, scale_column,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
     OWN: tl.constexpr, GATHER: tl.constexpr, WIDE: tl.constexpr, LOC: tl.constexpr,
-    SCALE: tl.constexpr, RANDOM: tl.constexpr, SCORE: tl.constexpr, SPAN: tl.constexpr,
+    SCALE: tl.constexpr, KIND: tl.constexpr, SCORE: tl.constexpr, SPAN: tl.constexpr,
     LIMIT: tl.constexpr, CLAMP: tl.constexpr, MAP: tl.constexpr, HOST: tl.constexpr,
     ADVANCE: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Values and scores of OWN rows; of one row, chunk by chunk, where WIDE."""
     program = tl.program_id(0).to(tl.int64)
-    if RANDOM:
+    if KIND == _RANDOM:
         seed, call = random.open_state(state, seed, call, HOST)
     if WIDE:
         begin = program * A
@@ -166,40 +194,87 @@ def draw_kernel(
                 loc, scale, value, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
                 bias, least, floor, seed, call, start + chunk, skip, skip + A, rows,
                 loc_row, loc_column, scale_row, scale_column,
-                A, COUNT, COUNT, LOC, SCALE, RANDOM, SCORE, SPAN, LIMIT, CLAMP, MAP,
+                A, COUNT, COUNT, LOC, SCALE, KIND, SCORE, SPAN, LIMIT, CLAMP, MAP,
                 FAST, A % COUNT == 0,
             )  # fmt: skip
         if SCORE:
             sums = tile.sum_rows(energies, A, COUNT, 1, False)
             tile.store_rows(score, program, -sums, total_rows, 1, 1, True)
     else:
-        start = program * TILE
+        start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy = _draw_tile(
                 loc, scale, value, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
-                bias, least, floor, seed, call, start, 0, COUNT, rows,
+                bias, least, floor, seed, call, start, 0, tile.kept(lead, TILE, COUNT), rows,
                 loc_row, loc_column, scale_row, scale_column,
-                A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, SPAN, LIMIT, CLAMP, MAP, FAST,
+                A, COUNT, TILE, LOC, SCALE, KIND, SCORE, SPAN, LIMIT, CLAMP, MAP, FAST,
                 True,
             )  # fmt: skip
             if SCORE:
-                sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER)
+                sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER, lead)
                 tile.store_rows(score, program * OWN, -sums, total_rows, ROWS, OWN, True)
         else:
             energy = _draw_tile(
                 loc, scale, value, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
                 bias, least, floor, seed, call, start, 0,
-                tl.minimum(end - start, TILE).to(tl.int32), rows,
+                tl.minimum(end - start, lead + TILE).to(tl.int32), rows,
                 loc_row, loc_column, scale_row, scale_column,
-                A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, SPAN, LIMIT, CLAMP, MAP, FAST,
+                A, COUNT, TILE, LOC, SCALE, KIND, SCORE, SPAN, LIMIT, CLAMP, MAP, FAST,
                 False,
             )  # fmt: skip
             if SCORE:
-                sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER)
+                sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER, lead)
                 tile.store_rows(score, program * OWN, -sums, total_rows, ROWS, OWN, False)
-    if RANDOM:
+    if KIND == _RANDOM:
         random.close_state(state, used, ticket, seed, call, ADVANCE, KEEP)
+
+
+@triton.jit
+def _mean_gradients(
+    grad_value, grad_score, mu, sigma, low, high, lo, hi, halves, mids, half, mid,
+    start, i, inside, rows, value_row, value_column,
+    A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, BY_VALUE: tl.constexpr,
+    BY_SCORE: tl.constexpr, SPAN: tl.constexpr, LIMIT: tl.constexpr, CLAMP: tl.constexpr,
+    FAST: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Gradients by loc and scale of a tile of means."""
+    y, rest, by_mu, by_sigma = points.mean_slopes(mu, sigma, FAST)
+    # From here on as if loc were not negative.
+    negative = mu < 0
+    to_mean = tl.zeros([COUNT], tl.float32)
+    to_loc = tl.zeros([COUNT], tl.float32)
+    to_scale = tl.zeros([COUNT], tl.float32)
+    if BY_SCORE:
+        by_row = tile.of_rows(grad_score, start, i, inside, A, COUNT, WHOLE)
+        # Beyond the limit a value is scored as the limit, whatever it is.
+        limited = rest < 1.0 - LIMIT
+        rest = tl.maximum(rest, 1.0 - LIMIT, propagate_nan=tl.PropagateNan.ALL)
+        inverse = m.reciprocal(sigma, FAST)
+        z = m.divide(points.before(y, rest, FAST) - tl.abs(mu), sigma, FAST)
+        rate = by_row * inverse
+        to_loc = rate * z
+        to_scale = rate * (z * z - 1.0)
+        through = by_row * (2.0 - 2.0 * rest - z * inverse)
+        through = through * m.reciprocal(rest * (2.0 - rest), FAST)
+        to_mean += tl.where(limited, 0.0, through)
+    if BY_VALUE:
+        along = tile.load(
+            grad_value, start, i, inside, 0.0, rows, value_row, value_column,
+            A, COUNT, VALUE, WHOLE,
+        )  # fmt: skip
+        width, middle = tile.bounds(halves, mids, half, mid, start, i, A, COUNT, SPAN)
+        if CLAMP:
+            value = m.with_sign(y, mu)
+            if SPAN:
+                value = value * width + middle
+            least, most = tile.bounds(low, high, lo, hi, start, i, A, COUNT, CLAMP)
+            along = tl.where((value >= least) & (value <= most), along, 0.0)
+        if SPAN:
+            along = along * width
+        to_mean += tl.where(negative, -along, along)
+    to_loc += to_mean * by_mu
+    return tl.where(negative, -to_loc, to_loc), to_scale + to_mean * by_sigma
 
 
 @triton.jit
@@ -209,10 +284,11 @@ def _draw_backward_tile(
     value_row, value_column, loc_row, loc_column, scale_row, scale_column,
     mapped_row, mapped_column, out_row,
     A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, LOC: tl.constexpr,
-    SCALE: tl.constexpr, RANDOM: tl.constexpr, BY_VALUE: tl.constexpr, BY_SCORE: tl.constexpr,
+    SCALE: tl.constexpr, KIND: tl.constexpr, BY_VALUE: tl.constexpr, BY_SCORE: tl.constexpr,
     SPAN: tl.constexpr, LIMIT: tl.constexpr, CLAMP: tl.constexpr, MAP: tl.constexpr,
     MAPPED: tl.constexpr, OUT: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of one tile."""
     i = tl.arange(0, COUNT)
     inside = i < left
     x = tile.load(loc, start, i, inside, 0.0, rows, loc_row, loc_column, A, COUNT, LOC, WHOLE)
@@ -222,42 +298,69 @@ def _draw_backward_tile(
     rise = sigma
     if MAP:
         sigma, rise = slope_of(sigma, bias, least, floor, MAP, FAST)
-    z = tl.zeros([COUNT], tl.float32)
-    if RANDOM:
-        z = random.normals(tl.load(used), tl.load(used + 1), start, COUNT, FAST)
-        x = x + z * sigma
-    # 4 t and q of `tanh_parts`, and |tanh(x)| as 2 q - 1: three slots fewer.
-    four_t = m.exp2(tl.abs(x) * -2.8853900817779268 + 2.0, FAST)
-    q = m.reciprocal(four_t * 0.25 + 1.0, FAST)
-    size = m.abs_tanh(x, q * 2.0 - 1.0)
-    by_loc = tl.zeros([COUNT], tl.float32)
-    if BY_VALUE:
-        by_loc = tile.load(
-            grad_value, start, i, inside, 0.0, rows, value_row, value_column,
-            A, COUNT, VALUE, WHOLE,
+    if KIND == _MEAN:
+        by_loc, by_scale = _mean_gradients(
+            grad_value, grad_score, x, sigma, low, high, lo, hi, halves, mids, half, mid,
+            start, i, inside, rows, value_row, value_column,
+            A, COUNT, VALUE, BY_VALUE, BY_SCORE, SPAN, LIMIT, CLAMP, FAST, WHOLE,
         )  # fmt: skip
-        width, middle = tile.bounds(halves, mids, half, mid, start, i, A, COUNT, SPAN)
-        slope = four_t * q * q
-        if LIMIT < 1.0:
-            # The gradient of a limited tanh is that of its value, as upstream's.
-            slope = tl.maximum(slope, 1.0 - LIMIT * LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        if SPAN:
-            slope = slope * width
-        if CLAMP:
-            y = size
+    else:
+        z = tl.zeros([COUNT], tl.float32)
+        if KIND == _RANDOM:
+            z = random.normals(tl.load(used), tl.load(used + 1), start, COUNT, FAST)
+            x = x + z * sigma
+        rest = x
+        size = x
+        if KIND == _MODE:
+            negative = x < 0
+            x, size, rest = points.mode(x, sigma, FAST)
+            x = tl.where(negative, -x, x)
+        # 4 t and q of `tanh_parts`, and |tanh(x)| as 2 q - 1: three slots fewer.
+        four_t = m.exp2(tl.abs(x) * -2.8853900817779268 + 2.0, FAST)
+        q = m.reciprocal(four_t * 0.25 + 1.0, FAST)
+        if KIND != _MODE:
+            size = m.abs_tanh(x, q * 2.0 - 1.0)
+        signed = m.with_sign(size, x)
+        if KIND == _MODE:
+            z = 2.0 * sigma * signed
+        by_loc = tl.zeros([COUNT], tl.float32)
+        if BY_VALUE:
+            by_loc = tile.load(
+                grad_value, start, i, inside, 0.0, rows, value_row, value_column,
+                A, COUNT, VALUE, WHOLE,
+            )  # fmt: skip
+            width, middle = tile.bounds(halves, mids, half, mid, start, i, A, COUNT, SPAN)
+            slope = four_t * q * q
             if LIMIT < 1.0:
-                y = tl.minimum(y, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-            y = m.with_sign(y, x)
+                # The gradient of a limited tanh is that of its value, as upstream's.
+                slope = tl.maximum(slope, 1.0 - LIMIT * LIMIT, propagate_nan=tl.PropagateNan.ALL)
             if SPAN:
-                y = y * width + middle
-            least, most = tile.bounds(low, high, lo, hi, start, i, A, COUNT, CLAMP)
-            by_loc = tl.where((y >= least) & (y <= most), by_loc, 0.0)
-        by_loc = by_loc * slope
-    by_scale = by_loc * z
-    if BY_SCORE:
-        by_row = tile.of_rows(grad_score, start, i, inside, A, COUNT, WHOLE)
-        by_loc += by_row * 2.0 * m.with_sign(size, x)
-        by_scale = by_loc * z - by_row * m.reciprocal(sigma, FAST)
+                slope = slope * width
+            if CLAMP:
+                y = size
+                if LIMIT < 1.0:
+                    y = tl.minimum(y, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+                y = m.with_sign(y, x)
+                if SPAN:
+                    y = y * width + middle
+                least, most = tile.bounds(low, high, lo, hi, start, i, A, COUNT, CLAMP)
+                by_loc = tl.where((y >= least) & (y <= most), by_loc, 0.0)
+            by_loc = by_loc * slope
+        if KIND == _MODE:
+            # 0 where three roots meet, which would make a NaN of a gradient of 0.
+            steep = tl.maximum(rest + 2.0 * sigma * sigma * size * size, 1.1920929e-07)
+            by_loc = by_loc * m.reciprocal(steep, FAST)
+            by_scale = by_loc * 2.0 * z
+        else:
+            by_scale = by_loc * z
+        if BY_SCORE:
+            by_row = tile.of_rows(grad_score, start, i, inside, A, COUNT, WHOLE)
+            by_loc += by_row * 2.0 * signed
+            if KIND == _MODE:
+                by_scale += by_row * 2.0 * signed * z
+            else:
+                by_scale = by_loc * z
+            by_scale -= by_row * m.reciprocal(sigma, FAST)
     if MAP:
         if MAPPED >= 0:
             by_scale += tile.load(
@@ -276,7 +379,7 @@ def draw_backward_kernel(
     value_row, value_column, loc_row, loc_column, scale_row, scale_column,
     mapped_row, mapped_column, out_row,
     A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, LOC: tl.constexpr,
-    SCALE: tl.constexpr, RANDOM: tl.constexpr, BY_VALUE: tl.constexpr, BY_SCORE: tl.constexpr,
+    SCALE: tl.constexpr, KIND: tl.constexpr, BY_VALUE: tl.constexpr, BY_SCORE: tl.constexpr,
     SPAN: tl.constexpr, LIMIT: tl.constexpr, CLAMP: tl.constexpr, MAP: tl.constexpr,
     MAPPED: tl.constexpr, OUT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -288,7 +391,7 @@ def draw_backward_kernel(
             low, high, lo, hi, halves, mids, half, mid, bias, least, floor, used, start, COUNT,
             rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
             mapped_row, mapped_column, out_row,
-            A, COUNT, VALUE, LOC, SCALE, RANDOM, BY_VALUE, BY_SCORE, SPAN, LIMIT, CLAMP,
+            A, COUNT, VALUE, LOC, SCALE, KIND, BY_VALUE, BY_SCORE, SPAN, LIMIT, CLAMP,
             MAP, MAPPED, OUT, FAST, True,
         )  # fmt: skip
     else:
@@ -298,7 +401,7 @@ def draw_backward_kernel(
             (total - start).to(tl.int32),
             rows, value_row, value_column, loc_row, loc_column, scale_row, scale_column,
             mapped_row, mapped_column, out_row,
-            A, COUNT, VALUE, LOC, SCALE, RANDOM, BY_VALUE, BY_SCORE, SPAN, LIMIT, CLAMP,
+            A, COUNT, VALUE, LOC, SCALE, KIND, BY_VALUE, BY_SCORE, SPAN, LIMIT, CLAMP,
             MAP, MAPPED, OUT, FAST, False,
         )  # fmt: skip
 
@@ -377,7 +480,7 @@ def score_kernel(
         sums = tile.sum_rows(energies, A, COUNT, 1, False)
         tile.store_rows(score, program, -sums, total_rows, 1, 1, True)
     else:
-        start = program * TILE
+        start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy = _score_tile(
@@ -385,16 +488,16 @@ def score_kernel(
                 loc_row, loc_column, scale_row, scale_column, value_row, value_column,
                 A, COUNT, LOC, SCALE, VALUE, SPAN, LIMIT, FAST, True,
             )  # fmt: skip
-            sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER)
+            sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER, lead)
             tile.store_rows(score, program * OWN, -sums, total_rows, ROWS, OWN, True)
         else:
             energy = _score_tile(
                 loc, scale, value, halves, mids, half, mid, log_half, start,
-                tl.minimum(end - start, TILE).to(tl.int32), rows,
+                tl.minimum(end - start, lead + TILE).to(tl.int32), rows,
                 loc_row, loc_column, scale_row, scale_column, value_row, value_column,
                 A, COUNT, LOC, SCALE, VALUE, SPAN, LIMIT, FAST, False,
             )  # fmt: skip
-            sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER)
+            sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER, lead)
             tile.store_rows(score, program * OWN, -sums, total_rows, ROWS, OWN, False)
 
 
@@ -472,6 +575,7 @@ def draw(
     ndims: int,
     *,
     state: State | None,
+    point: int = MEDIAN,
     score: bool = True,
     clamp: Any = None,
     keep: bool = False,
@@ -486,7 +590,8 @@ def draw(
         bounds: the `Bounds` where the values lie, and whether |tanh| is limited.
         shape: sample dimensions in front of the value.
         ndims: number of event dimensions, summed over.
-        state: where the noise comes from; None for the squashed mean.
+        state: where the noise comes from; None for a value that is not drawn.
+        point: which value that is: MEDIAN, the squashed mean, or MEAN or MODE of what is squashed.
         score: whether the log-density is wanted.
         clamp: the `Bounds` that the value is projected onto, after it was scored.
         keep: whether the backward pass needs the state.
@@ -514,7 +619,7 @@ def draw(
     sigma = parameter(scale, ndims, bool(shape))
     kind, lo, hi, low, high = bounds_of(clamp)
     source = state or NO_STATE
-    grid = forward_grid(total_rows, a)
+    grid = forward_grid(total_rows, a, True)
     with launching(loc):
         draw_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, value, scores, mapped, low, high, lo, hi,
@@ -523,8 +628,8 @@ def draw(
             total_rows, rows, mu.row, mu.column, sigma.row, sigma.column,
             A=a, COUNT=grid.count, TILE=grid.tile, ROWS=grid.rows, OWN=grid.own,
             GATHER=grid.gather, WIDE=grid.wide, LOC=mu.layout, SCALE=sigma.layout,
-            RANDOM=state is not None, SCORE=score, SPAN=span, LIMIT=_limit(loc, bounds.safe),
-            CLAMP=kind, MAP=raw.kind, HOST=source.pair is None,
+            KIND=point if state is None else RANDOM, SCORE=score, SPAN=span,
+            LIMIT=_limit(loc, bounds.safe), CLAMP=kind, MAP=raw.kind, HOST=source.pair is None,
             ADVANCE=source.ticket is not None, KEEP=used is not None, FAST=fast(loc),
             num_warps=grid.warps,
         )  # fmt: skip
@@ -541,6 +646,7 @@ def draw_backward(
     shape: torch.Size,
     ndims: int,
     *,
+    point: int = MEDIAN,
     clamp: Any = None,
     raw: Mapping = NO_MAPPING,
     grad_mapped: Tensor | None = None,
@@ -557,9 +663,10 @@ def draw_backward(
         loc: as in `draw`.
         scale: as in `draw`.
         bounds: as in `draw`.
-        used: what `draw` has kept; None for the squashed mean.
+        used: what `draw` has kept; None for a value that is not drawn.
         shape: as in `draw`.
         ndims: as in `draw`.
+        point: as in `draw`.
         clamp: as in `draw`.
         raw: as in `draw`.
         grad_mapped: gradient of the standard deviation itself, None for none.
@@ -590,7 +697,7 @@ def draw_backward(
             total, loc.numel() // a, upstream.row, upstream.column, mu.row, mu.column,
             sigma.row, sigma.column, further.row, further.column, out_row,
             A=a, COUNT=count, VALUE=upstream.layout, LOC=mu.layout, SCALE=sigma.layout,
-            RANDOM=used is not None, BY_VALUE=grad_value is not None,
+            KIND=point if used is None else RANDOM, BY_VALUE=grad_value is not None,
             BY_SCORE=grad_score is not None, SPAN=span, LIMIT=_limit(loc, bounds.safe),
             CLAMP=kind, MAP=raw.kind, MAPPED=further.layout if grad_mapped is not None else -1,
             OUT=out, FAST=fast(loc), num_warps=warps,
@@ -627,7 +734,7 @@ def score(
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
     given = parameter(value, ndims, False)
-    grid = forward_grid(total_rows, a)
+    grid = forward_grid(total_rows, a, True)
     with launching(loc):
         score_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, given.tensor, scores,

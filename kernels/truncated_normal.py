@@ -60,6 +60,9 @@ from fastprob.kernels._launch import (
 # Times the warps of `_launch`'s tiles: with half the elements a thread 186 registers and 126 issue
 # slots an element forward, where with all of them 255 do not suffice.
 WARPS = 2
+# The same for the gradients of scores in half precision: 8 elements a thread are 128 bits, of 199
+# registers. Those of a draw would take 255 and spill, so that theirs are of 64 bits.
+HALF_WARPS = 1
 # How a value is chosen.
 RANDOM, MEDIAN, MEAN, MODE = range(4)
 _RANDOM, _MEDIAN, _MEAN, _MODE = (tl.constexpr(kind) for kind in range(4))
@@ -361,7 +364,7 @@ def _draw_tile(
             clamp_low, clamp_high, clamp_lo, clamp_hi, start, i, A, COUNT, CLAMP
         )
         x = tile.clamp(x, bottom, top)
-    tile.store(value, start, x, i, inside, COUNT, TILE, WHOLE)
+    tile.store(value, start, x, i, inside, COUNT, TILE, WHOLE and TILE % 4 == 0)
     log_size = energy
     entropy = energy
     if SCORE or ENTROPY:
@@ -378,16 +381,16 @@ def _draw_tile(
 
 @triton.jit
 def _store_sums(
-    score, entropy, energy, terms, first, total_rows, rows,
+    score, entropy, energy, terms, first, total_rows, rows, lead,
     A: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, OWN: tl.constexpr,
     GATHER: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The scores and entropies of a tile's rows, from its terms."""
     if SCORE:
-        sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER)
+        sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER, lead)
         tile.store_rows(score, first, -sums, total_rows, ROWS, OWN, WHOLE)
     if ENTROPY:
-        sums = tile.sum_rows(terms, A, COUNT, ROWS, GATHER)
+        sums = tile.sum_rows(terms, A, COUNT, ROWS, GATHER, lead)
         # An entropy has no sample dimensions: the rows of the first sample write it.
         tile.store_rows(entropy, first, sums, rows, ROWS, OWN, False)
 
@@ -426,34 +429,34 @@ def draw_kernel(
             energies += energy
             entropies += terms
         _store_sums(
-            score, entropy, energies, entropies, program, total_rows, rows,
+            score, entropy, energies, entropies, program, total_rows, rows, 0,
             A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
         )  # fmt: skip
     else:
-        start = program * TILE
+        start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy, terms = _draw_tile(
                 loc, scale, low, high, value, lo, hi, clamp_low, clamp_high, clamp_lo, clamp_hi,
-                seed, call, start, 0, COUNT, rows,
+                seed, call, start, 0, tile.kept(lead, TILE, COUNT), rows,
                 loc_row, loc_column, scale_row, scale_column,
                 low_row, low_column, high_row, high_column,
                 A, COUNT, TILE, LOC, SCALE, LOW, HIGH, KIND, SCORE, ENTROPY, CLAMP, FAST, True,
             )  # fmt: skip
             _store_sums(
-                score, entropy, energy, terms, program * OWN, total_rows, rows,
+                score, entropy, energy, terms, program * OWN, total_rows, rows, lead,
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, True,
             )  # fmt: skip
         else:
             energy, terms = _draw_tile(
                 loc, scale, low, high, value, lo, hi, clamp_low, clamp_high, clamp_lo, clamp_hi,
-                seed, call, start, 0, tl.minimum(end - start, TILE).to(tl.int32), rows,
+                seed, call, start, 0, tl.minimum(end - start, lead + TILE).to(tl.int32), rows,
                 loc_row, loc_column, scale_row, scale_column,
                 low_row, low_column, high_row, high_column,
                 A, COUNT, TILE, LOC, SCALE, LOW, HIGH, KIND, SCORE, ENTROPY, CLAMP, FAST, False,
             )  # fmt: skip
             _store_sums(
-                score, entropy, energy, terms, program * OWN, total_rows, rows,
+                score, entropy, energy, terms, program * OWN, total_rows, rows, lead,
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, False,
             )  # fmt: skip
     if KIND == _RANDOM:
@@ -684,11 +687,11 @@ def score_kernel(
             energies += energy
             entropies += terms
         _store_sums(
-            score, entropy, energies, entropies, program, total_rows, rows,
+            score, entropy, energies, entropies, program, total_rows, rows, 0,
             A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
         )  # fmt: skip
     else:
-        start = program * TILE
+        start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy, terms = _score_tile(
@@ -698,19 +701,19 @@ def score_kernel(
                 A, COUNT, LOC, SCALE, LOW, HIGH, VALUE, SCORE, ENTROPY, FAST, True,
             )  # fmt: skip
             _store_sums(
-                score, entropy, energy, terms, program * OWN, total_rows, rows,
+                score, entropy, energy, terms, program * OWN, total_rows, rows, lead,
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, True,
             )  # fmt: skip
         else:
             energy, terms = _score_tile(
                 loc, scale, low, high, value, lo, hi, start,
-                tl.minimum(end - start, TILE).to(tl.int32), rows,
+                tl.minimum(end - start, lead + TILE).to(tl.int32), rows,
                 loc_row, loc_column, scale_row, scale_column,
                 low_row, low_column, high_row, high_column, value_row, value_column,
                 A, COUNT, LOC, SCALE, LOW, HIGH, VALUE, SCORE, ENTROPY, FAST, False,
             )  # fmt: skip
             _store_sums(
-                score, entropy, energy, terms, program * OWN, total_rows, rows,
+                score, entropy, energy, terms, program * OWN, total_rows, rows, lead,
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, False,
             )  # fmt: skip
 
@@ -879,7 +882,7 @@ def draw(
     (least, most), limits = _limits(low, high, ndims, bool(shape))
     clamped, clamp_lo, clamp_hi, clamp_low, clamp_high = bounds_of(clamp)
     source = state or NO_STATE
-    grid = forward_grid(total_rows, a)
+    grid = forward_grid(total_rows, a, True)
     with launching(loc):
         draw_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, least, most, value, scores, entropies,
@@ -998,7 +1001,7 @@ def score(
     sigma = parameter(scale, ndims, bool(shape))
     (least, most), limits = _limits(low, high, ndims, bool(shape))
     given = mu if value is None else parameter(value, ndims, False)
-    grid = forward_grid(total_rows, a)
+    grid = forward_grid(total_rows, a, True)
     with launching(loc):
         score_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, least, most, given.tensor, scores, entropies,
@@ -1068,6 +1071,7 @@ def score_backward(
             value_row=given.row, value_column=given.column,
             A=a, COUNT=count, LOC=mu.layout, SCALE=sigma.layout, VALUE=given.layout,
             BY_SCORE=grad_score is not None, BY_ENTROPY=grad_entropy is not None,
-            TO_VALUE=to_value, FAST=fast(loc), num_warps=WARPS * warps,
+            TO_VALUE=to_value, FAST=fast(loc),
+            num_warps=warps * (HALF_WARPS if loc.element_size() == 2 else WARPS),
         )  # fmt: skip
     return fold(grad_loc, loc), fold(grad_scale, scale), grad_value

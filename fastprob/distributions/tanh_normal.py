@@ -155,9 +155,12 @@ class TanhNormal(Fused):
     def _point(self, interaction: InteractionType, score: bool):
         loc, scale, bounds = self.loc, self.scale, self._bounds
         served = ops.served_bounds(bounds, loc, self._ndims) if backend.serves(loc) else None
-        if served is not None and interaction is not MEAN and interaction is not MODE:
+        if served is not None:
+            kind = (
+                ops.MEAN if interaction is MEAN else ops.MODE if interaction is MODE else ops.MEDIAN
+            )
             return ops.draw(
-                loc, scale, served, EMPTY, self._ndims, random=False, score=score,
+                loc, scale, served, EMPTY, self._ndims, kind=kind, score=score,
                 clamp=self._bounds_of_value,
             )  # fmt: skip
         if interaction is MEAN:

@@ -37,6 +37,10 @@ from fastprob.reference import tanh_normal as reference
 from fastprob.reference._chunks import Fill
 
 __all__ = [
+    "MEAN",
+    "MEDIAN",
+    "MODE",
+    "RANDOM",
     "Bounds",
     "bounds_of",
     "draw",
@@ -187,6 +191,9 @@ def log_prob(loc: Tensor, scale: Tensor, value: Tensor, bounds: Bounds, ndims: i
 
 # the kernels' operators ---------------------------------------------------------------------
 
+# How a value is chosen, as the kernels number it.
+RANDOM, MEDIAN, MEAN, MODE = reference.KINDS
+
 
 def served_bounds(bounds: Bounds, loc: Tensor, ndims: int) -> Bounds | None:
     """The interval as the kernels read it: numbers, or contiguous tensors of the event.
@@ -218,7 +225,7 @@ def draw(
     ndims: int,
     generator: Any = None,
     *,
-    random: bool = True,
+    kind: int = RANDOM,
     score: bool = True,
     pathwise: bool = True,
     clamp: Any = None,
@@ -232,26 +239,28 @@ def draw(
         shape: sample dimensions in front of the value.
         ndims: number of event dimensions.
         generator: a `CounterStream`, a `torch.Generator`, or None for torch's default one.
-        random: whether the value is drawn; if not, it is the squashed mean.
+        kind: RANDOM, MEDIAN (the squashed mean), MEAN or MODE (of what is squashed).
         score: whether the log-density is wanted.
-        pathwise: whether gradients flow through the value.
+        pathwise: whether gradients flow through a value that is drawn; through others they do.
         clamp: what the value is clamped to after it was scored.
 
     Returns:
         value `[*shape, *batch, *event]` and log-density `[*shape, *batch]`, or None.
     """
+    random = kind == RANDOM
+    pathwise = pathwise or not random
     if not plain_eager():
         state = _random.device_pair(loc, generator) if random and generator is not None else None
         value, scores, _ = torch.ops.fastprob.tanh_normal_draw(
-            loc, scale, state, list(shape), ndims, random, score, pathwise,
+            loc, scale, state, list(shape), ndims, kind, score, pathwise,
             *as_arguments(bounds), *(clamp or no_bounds),
         )  # fmt: skip
         return value if pathwise else value.detach(), scores if score else None
     state = _random.state_for(loc, generator) if random else None
     if wants_gradient(loc, scale):
-        return _Draw.apply(loc, scale, state, bounds, shape, ndims, score, pathwise, clamp)
+        return _Draw.apply(loc, scale, state, bounds, shape, ndims, kind, score, pathwise, clamp)
     value, scores, _ = backend.kernels("tanh_normal").draw(
-        loc, scale, bounds, shape, ndims, state=state, score=score, clamp=clamp
+        loc, scale, bounds, shape, ndims, state=state, point=kind, score=score, clamp=clamp
     )
     return value, scores
 
@@ -294,13 +303,14 @@ def from_arguments(interval: Any, halves: Any, mids: Any, safe: bool) -> Bounds:
 
 class _Draw(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loc, scale, state, bounds, shape, ndims, score, pathwise, clamp):
+    def forward(ctx, loc, scale, state, bounds, shape, ndims, kind, score, pathwise, clamp):
         ctx.set_materialize_grads(False)
         value, scores, used = backend.kernels("tanh_normal").draw(
-            loc, scale, bounds, shape, ndims, state=state, score=score, clamp=clamp, keep=True
-        )
+            loc, scale, bounds, shape, ndims, state=state, point=kind, score=score, clamp=clamp,
+            keep=True,
+        )  # fmt: skip
         ctx.save_for_backward(loc, scale, used)
-        ctx.rest = bounds, shape, ndims, pathwise, clamp
+        ctx.rest = bounds, shape, ndims, kind, pathwise, clamp
         if not pathwise:
             ctx.mark_non_differentiable(value)
         return value, scores
@@ -308,11 +318,11 @@ class _Draw(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        return *_draw_backward(*grads, *ctx.saved_tensors, *ctx.rest), *(None,) * 7
+        return *_draw_backward(*grads, *ctx.saved_tensors, *ctx.rest), *(None,) * 8
 
 
 def _draw_backward(
-    grad_value, grad_score, loc, scale, used, bounds, shape, ndims, pathwise, clamp
+    grad_value, grad_score, loc, scale, used, bounds, shape, ndims, kind, pathwise, clamp
 ) -> tuple[Tensor, Tensor]:
     if not pathwise:
         # The Jacobian depends on the value alone: the gradients are those of a Normal.
@@ -320,7 +330,7 @@ def _draw_backward(
             None, grad_score, None, loc, scale, used, shape, ndims, pathwise=False
         )
     return backend.kernels("tanh_normal").draw_backward(
-        grad_value, grad_score, loc, scale, bounds, used, shape, ndims, clamp=clamp
+        grad_value, grad_score, loc, scale, bounds, used, shape, ndims, point=kind, clamp=clamp
     )
 
 
@@ -341,10 +351,11 @@ class _ScoreGiven(torch.autograd.Function):
 
 
 def _draw_op(
-    loc, scale, state, sample, ndims, random, score, pathwise, interval, halves, mids, safe,
+    loc, scale, state, sample, ndims, kind, score, pathwise, interval, halves, mids, safe,
     limits, low, high,
 ):  # fmt: skip
     shape = torch.Size(sample)
+    random = kind == RANDOM
     bounds = from_arguments(interval, halves, mids, safe)
     clamp = Clamped(limits, low, high)
     if backend.serves(loc):
@@ -352,14 +363,15 @@ def _draw_op(
         if random:
             source = _random.state_for(loc, None) if state is None else _random.given_pair(state)
         value, scores, used = backend.kernels("tanh_normal").draw(
-            loc, scale, bounds, shape, ndims, state=source, score=score, clamp=clamp, keep=random
-        )
+            loc, scale, bounds, shape, ndims, state=source, point=kind, score=score, clamp=clamp,
+            keep=random,
+        )  # fmt: skip
     else:
         used = None
         if random:
             used = _random.device_pair(loc, None) if state is None else state.clone()
         value, scores = reference.draw(
-            loc, scale, used, shape, ndims, score, bounds.half, bounds.mid, safe, *clamp
+            loc, scale, used, shape, ndims, score, bounds.half, bounds.mid, safe, *clamp, kind
         )
     return (
         value,
@@ -368,19 +380,20 @@ def _draw_op(
     )
 
 
-def _draw_fake(loc, scale, state, sample, ndims, random, score, *_):
+def _draw_fake(loc, scale, state, sample, ndims, kind, score, *_):
     batch = loc.shape[: loc.dim() - ndims]
     return (
         loc.new_empty((*sample, *loc.shape)),
         loc.new_empty((*sample, *batch)) if score else nothing(loc),
-        loc.new_empty(2 if random else 0, dtype=torch.int64),
+        loc.new_empty(2 if kind == RANDOM else 0, dtype=torch.int64),
     )
 
 
 def _draw_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    loc, scale, _, ctx.sample, ctx.ndims, ctx.random, ctx.score, ctx.pathwise, *rest = inputs
+    loc, scale, _, ctx.sample, ctx.ndims, ctx.kind, ctx.score, ctx.pathwise, *rest = inputs
     ctx.interval, halves, mids, ctx.safe, ctx.limits, low, high = rest
+    ctx.pathwise = ctx.pathwise or ctx.kind != RANDOM
     ctx.save_for_backward(loc, scale, output[2], halves, mids, low, high)
 
 
@@ -388,26 +401,26 @@ def _draw_gradient(ctx, grad_value, grad_score, _):
     loc, scale, used, halves, mids, low, high = ctx.saved_tensors
     made = torch.ops.fastprob.tanh_normal_draw_backward(
         grad_value if ctx.pathwise else None, grad_score if ctx.score else None, loc, scale,
-        used if ctx.random else None, ctx.sample, ctx.ndims, ctx.pathwise,
+        used if ctx.kind == RANDOM else None, ctx.sample, ctx.ndims, ctx.kind, ctx.pathwise,
         ctx.interval, halves, mids, ctx.safe, ctx.limits, low, high,
     )  # fmt: skip
     return *made, *(None,) * 13
 
 
 def _draw_backward_op(
-    grad_value, grad_score, loc, scale, used, sample, ndims, pathwise, interval, halves, mids, safe,
-    limits, low, high,
+    grad_value, grad_score, loc, scale, used, sample, ndims, kind, pathwise, interval, halves,
+    mids, safe, limits, low, high,
 ):  # fmt: skip
     shape = torch.Size(sample)
     bounds = from_arguments(interval, halves, mids, safe)
     clamp = Clamped(limits, low, high)
     if backend.serves(loc):
         return _draw_backward(
-            grad_value, grad_score, loc, scale, used, bounds, shape, ndims, pathwise, clamp
+            grad_value, grad_score, loc, scale, used, bounds, shape, ndims, kind, pathwise, clamp
         )
     return reference.draw_backward(
         grad_value, grad_score, loc, scale, used, shape, ndims, pathwise, bounds.half, bounds.mid,
-        safe, *clamp,
+        safe, *clamp, kind,
     )  # fmt: skip
 
 
@@ -488,25 +501,26 @@ _CLAMP = "float[]? limits, Tensor? low, Tensor? high"
 register(
     "tanh_normal_draw_backward",
     "(Tensor? grad_value, Tensor? grad_score, Tensor loc, Tensor scale, Tensor? used, "
-    f"SymInt[] sample, int ndims, bool pathwise, {_INTERVAL}, {_CLAMP}) -> (Tensor, Tensor)",
+    f"SymInt[] sample, int ndims, int kind, bool pathwise, {_INTERVAL}, {_CLAMP}) -> "
+    "(Tensor, Tensor)",
     _draw_backward_op,
     _draw_backward_fake,
 )
 register(
     "tanh_normal_draw",
-    "(Tensor loc, Tensor scale, Tensor? state, SymInt[] sample, int ndims, bool random, "
+    "(Tensor loc, Tensor scale, Tensor? state, SymInt[] sample, int ndims, int kind, "
     f"bool score, bool pathwise, {_INTERVAL}, {_CLAMP}) -> (Tensor, Tensor, Tensor)",
     _draw_op,
     _draw_fake,
     setup=_draw_setup,
     backward=_draw_gradient,
     batched=(0, 1),
-    out_dims=lambda loc, scale, state, sample, ndims, random, score, *_: (
+    out_dims=lambda loc, scale, state, sample, ndims, kind, score, *_: (
         len(sample),
         len(sample) if score else None,
         None,
     ),
-    random=lambda loc, scale, state, sample, ndims, random, *_: random,
+    random=lambda loc, scale, state, sample, ndims, kind, *_: kind == RANDOM,
 )
 register(
     "tanh_normal_score_backward",

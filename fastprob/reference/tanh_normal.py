@@ -27,6 +27,10 @@ from fastprob.reference.normal import HALF_LOG_2PI
 _BIAS = -(HALF_LOG_2PI + 2 * math.log(2))
 
 
+# How a value is chosen: drawn, median, mean, mode, as the kernels number it.
+KINDS = range(4)
+_RANDOM, _MEDIAN, _MEAN, _MODE = KINDS
+
 # Looking a dtype's resolution up takes 0.3 us.
 _LIMITS = {
     dtype: 1.0 - torch.finfo(dtype).resolution
@@ -218,16 +222,36 @@ def draw(
     limits: Sequence[float] | None,
     low: Tensor | None,  # [*event]
     high: Tensor | None,  # [*event]
+    point: int = _MEDIAN,
 ) -> tuple[Tensor, Tensor | None]:
-    """A value from a counter-based state and its score; the squashed mean without a state.
+    """A value from a counter-based state and its score; one that is not drawn without a state.
 
-    The value is clamped to `limits`, or to `low` and `high`, after it was scored.
+    That is the squashed mean where `point` is 1, the mean where 2, the mode where 3. The value is
+    clamped to `limits`, or to `low` and `high`, after it was scored.
     """
-    noise = _noise(loc, state, shape)
-    x = normal.sample(loc, scale, noise)
-    value = normal.clamped(squash(x, half, mid, safe), limits, low, high)
+    if state is None and point in (_MEAN, _MODE):
+        x, noise, value = _point(loc, scale, point, half, mid, safe)
+        x, noise, value = (t.expand(shape + loc.shape) for t in (x, noise, value))
+    else:
+        noise = _noise(loc, state, shape)
+        x = normal.sample(loc, scale, noise)
+        value = squash(x, half, mid, safe)
+    value = normal.clamped(value, limits, low, high).contiguous()
     log_half = torch.log(half) if isinstance(half, Tensor) else math.log(half)
     return value, score(scale, noise, x, log_half, ndims) if score_wanted else None
+
+
+def _point(
+    loc: Tensor, scale: Tensor, point: int, half: Tensor | float, mid: Tensor | float, safe: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is scored, before tanh and in units of the scale from loc, and the value itself."""
+    if point == _MODE:
+        x = mode(loc, scale)
+        return x, 2.0 * scale * torch.tanh(x), squash(x, half, mid, safe)
+    y = mean(loc, scale)
+    bound = limit(y.dtype) if safe else 1.0
+    x = torch.atanh(y.clamp(-bound, bound))
+    return x, normal.standardize(loc, scale, x), y * half + mid
 
 
 def _noise(loc: Tensor, state: Tensor | None, shape: torch.Size) -> Tensor:
@@ -252,8 +276,16 @@ def draw_backward(
     limits: Sequence[float] | None,
     low: Tensor | None,  # [*event]
     high: Tensor | None,  # [*event]
+    point: int = _MEDIAN,
 ) -> tuple[Tensor, Tensor]:  # [*batch, *event] both
     """The gradients of `draw` by loc and scale, the noise drawn anew."""
+    if state is None and pathwise and point in (_MEAN, _MODE):
+        clamp = limits, low, high
+        slopes = _mode_backward if point == _MODE else _mean_backward
+        by_loc, by_scale = slopes(
+            grad_value, grad_score, loc, scale, shape, ndims, half, mid, safe, clamp
+        )
+        return _fold(by_loc, loc), _fold(by_scale, scale)
     if not pathwise:
         # The Jacobian depends on the value alone: the gradients are those of a Normal.
         return normal.draw_backward(
@@ -274,6 +306,56 @@ def draw_backward(
         by_loc = torch.addcmul(by_loc, y, rate, value=2.0)
         by_scale = by_loc * noise - rate / scale
     return _fold(by_loc, loc), _fold(by_scale, scale)
+
+
+def _let_through(
+    grad: Tensor,  # [*sample, *batch, *event]
+    value: Tensor,  # [*batch, *event]
+    clamp: tuple[Sequence[float] | None, Tensor | None, Tensor | None],
+) -> Tensor:
+    """The gradient of a value that is clamped, where it is not."""
+    return torch.where(normal.clamped(value, *clamp) == value, grad, 0.0)
+
+
+def _mode_backward(grad_value, grad_score, loc, scale, shape, ndims, half, mid, safe, clamp):
+    """The gradients of the mode by loc and scale, by the implicit function theorem.
+
+    At the mode the score does not change with x.
+    """
+    x, z, value = _point(loc, scale, _MODE, half, mid, safe)
+    y = torch.tanh(x)
+    by_loc = torch.zeros(shape + loc.shape, dtype=loc.dtype, device=loc.device)
+    if grad_value is not None:
+        inner = y.clamp(-limit(x.dtype), limit(x.dtype)) if safe else y
+        by_loc = _let_through(grad_value, value, clamp) * half * (1.0 - inner * inner)
+        slope = 1.0 - 2.0 * scale * scale * (1.0 - y * y)
+        by_loc = by_loc / slope.clamp_min(torch.finfo(x.dtype).eps)
+    by_scale = by_loc * 2.0 * z
+    if grad_score is not None:
+        rate = grad_score.reshape(grad_score.shape + (1,) * ndims)
+        by_loc = by_loc + rate * 2.0 * y
+        by_scale = by_scale + rate * (z * z - 1.0) / scale
+    return by_loc, by_scale
+
+
+def _mean_backward(grad_value, grad_score, loc, scale, shape, ndims, half, mid, safe, clamp):
+    """The gradients of the mean by loc and scale, its score's through the mean."""
+    x, z, value = _point(loc, scale, _MEAN, half, mid, safe)
+    along = torch.zeros(shape + loc.shape, dtype=loc.dtype, device=loc.device)
+    by_loc, by_scale = along, along
+    if grad_value is not None:
+        along = _let_through(grad_value, value, clamp) * half
+    if grad_score is not None:
+        rate = grad_score.reshape(grad_score.shape + (1,) * ndims)
+        by_loc = rate * z / scale
+        by_scale = rate * (z * z - 1.0) / scale
+        y = torch.tanh(x)
+        unit = mean(loc, scale)
+        bound = limit(y.dtype) if safe else 1.0
+        through = (2.0 * y - z / scale) / (1.0 - y * y)
+        along = along + rate * torch.where(unit.abs() <= bound, through, 0.0)
+    to_loc, to_scale = mean_slopes(loc, scale)
+    return by_loc + along * to_loc, by_scale + along * to_scale
 
 
 def score_backward(
@@ -342,7 +424,8 @@ def mode(loc: Tensor, scale: Tensor) -> Tensor:
         return x
     # One step whose derivative is that of the root: its residual is 0 up to rounding.
     t = torch.tanh(x)
-    slope = 1.0 - 2.0 * scale.detach() ** 2 * (1.0 - t * t)
+    # Where three roots meet it is 0, which must not make a NaN of the value.
+    slope = (1.0 - 2.0 * scale.detach() ** 2 * (1.0 - t * t)).clamp_min(torch.finfo(x.dtype).eps)
     residual = x - loc - 2.0 * scale * scale * t
     return x - (residual - residual.detach()) / slope
 
@@ -384,3 +467,31 @@ def mean(loc: Tensor, scale: Tensor) -> Tensor:
     weight = torch.cosh(x).pow(-2) * (step / 2)
     wide = (torch.erf((mu - x) / (large * math.sqrt(2))) * weight).sum(0)
     return torch.where(sigma <= 1.0, narrow, wide).to(loc.dtype)
+
+
+def mean_slopes(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivatives of `mean` by loc and scale, by the same integrals.
+
+    Args:
+        loc: mean before tanh, `[*batch, *event]`.
+        scale: standard deviation before tanh, of the same shape.
+
+    Returns:
+        `[*batch, *event]` both.
+    """
+    work = loc.dtype if loc.dtype in (torch.float32, torch.float64) else torch.float32
+    mu, sigma = loc.to(work), scale.to(work)
+    z, step = _grid(-8.0, 8.0, 41, mu)
+    weight = torch.exp(-0.5 * z * z) * (step / math.sqrt(2 * math.pi))
+    slope = torch.cosh(mu + sigma.clamp_max(1.0) * z).pow(-2) * weight
+    narrow = slope.sum(0), (slope * z).sum(0)
+    x, step = _grid(-19.0, 19.0, 96, mu)
+    large = sigma.clamp_min(1.0)
+    weight = torch.cosh(x).pow(-2) * (step / 2)
+    u = (mu - x) / large
+    slope = torch.exp(-0.5 * u * u) * weight * (math.sqrt(2 / math.pi) / large)
+    wide = slope.sum(0), (slope * -u).sum(0)
+    made = (
+        torch.where(sigma <= 1.0, n, w).to(loc.dtype) for n, w in zip(narrow, wide, strict=True)
+    )
+    return next(made), next(made)

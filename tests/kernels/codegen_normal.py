@@ -50,7 +50,7 @@ def _size(dtype: str) -> int:
 
 
 def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = False, **flags) -> Case:
-    grid = forward_grid(ROWS, a)
+    grid = forward_grid(ROWS, a, True)
     given = {
         "RANDOM": True, "SCORE": True, "ENTROPY": False, "CLAMP": 0, "KEEP": False, "MAP": 0,
         **flags,
@@ -100,7 +100,7 @@ def draw_backward(
 def score(
     a: int, dtype: str, slots: float | None = None, everywhere: bool = False, entropy: bool = False
 ) -> Case:
-    grid = forward_grid(ROWS, a)
+    grid = forward_grid(ROWS, a, True)
     constants = {
         **tiling(grid, a), "LOC": 0, "SCALE": 0, "VALUE": 0, "SCORE": True, "ENTROPY": entropy,
         "FAST": True, **({} if entropy else {"entropy": None}),
@@ -150,7 +150,7 @@ CASES = [
     draw(17, "fp32", 47, everywhere=True),
     draw(17, "bf16", 47),
     draw(3, "fp32", 47),
-    draw(257, "fp32", 47),
+    draw(257, "fp32", 42),
     draw(4096, "fp32"),
     draw(1500, "fp32"),
     # Layout 6: rows of a raw output of loc and scale side by side.

@@ -60,20 +60,21 @@ def draw(
     *,
     span: int = 0,
     clamp: int = 0,
-    random: bool = True,
+    kind: int = tanh_normal.RANDOM,
     extracted: bool = False,
     everywhere: bool = False,
 ) -> Case:
-    grid = forward_grid(ROWS, a)
+    grid = forward_grid(ROWS, a, True)
     kernel = tanh_normal.draw_kernel
+    random = kind == tanh_normal.RANDOM
     constants = {
-        **tiling(grid, a), "LOC": 0, "SCALE": 0, "RANDOM": random, "SCORE": True, "SPAN": span,
+        **tiling(grid, a), "LOC": 0, "SCALE": 0, "KIND": kind, "SCORE": True, "SPAN": span,
         "LIMIT": tanh_normal.LIMITS[DTYPES[dtype]], "CLAMP": clamp, "HOST": not random,
         "ADVANCE": random, "KEEP": False, "FAST": True, "seed": None, "call": None, "used": None,
         **_none(kernel, {**_ranges(span, clamp), "state": random, "ticket": random}),
         **_extracted(kernel, extracted),
     }  # fmt: skip
-    name = f"tanh-normal-draw-{a}-{dtype}-span={span}-clamp={clamp}-random={random}"
+    name = f"tanh-normal-draw-{a}-{dtype}-span={span}-clamp={clamp}-kind={kind}"
     name += "-extracted" if extracted else ""
     # A wide row is one program, chunk by chunk.
     return Case(
@@ -90,18 +91,20 @@ def draw_backward(
     *,
     span: int = 0,
     clamp: int = 0,
+    kind: int = tanh_normal.RANDOM,
     extracted: bool = False,
     everywhere: bool = False,
 ) -> Case:
     count, warps = FLAT_TILE
     kernel = tanh_normal.draw_backward_kernel
     constants = {
-        "A": a, "COUNT": count, "VALUE": 0, "LOC": 0, "SCALE": 0, "RANDOM": True,
+        "A": a, "COUNT": count, "VALUE": 0, "LOC": 0, "SCALE": 0, "KIND": kind,
         "BY_VALUE": True, "BY_SCORE": True, "SPAN": span,
         "LIMIT": tanh_normal.LIMITS[DTYPES[dtype]], "CLAMP": clamp, "FAST": True,
-        **_none(kernel, _ranges(span, clamp)), **_extracted(kernel, extracted),
+        **_none(kernel, {**_ranges(span, clamp), "used": kind == tanh_normal.RANDOM}),
+        **_extracted(kernel, extracted),
     }  # fmt: skip
-    name = f"tanh-normal-draw-backward-{a}-{dtype}-span={span}-clamp={clamp}"
+    name = f"tanh-normal-draw-backward-{a}-{dtype}-span={span}-clamp={clamp}-kind={kind}"
     return Case(
         name + ("-extracted" if extracted else ""), kernel, _types(dtype), constants, warps, count,
         (5 + 1 / a) * _size(dtype), slots, everywhere=everywhere,
@@ -111,7 +114,7 @@ def draw_backward(
 def score(
     a: int, dtype: str, slots: float | None = None, *, span: int = 0, everywhere: bool = False
 ) -> Case:
-    grid = forward_grid(ROWS, a)
+    grid = forward_grid(ROWS, a, True)
     kernel = tanh_normal.score_kernel
     constants = {
         **tiling(grid, a), "LOC": 0, "SCALE": 0, "VALUE": 0, "SPAN": span,
@@ -152,9 +155,19 @@ CASES = [
     draw(8, "bf16", 55),
     draw(8, "fp32", 58, span=1, clamp=1),
     draw(8, "fp32", 58, span=2, clamp=2),
-    draw(8, "fp32", 27, random=False),
+    draw(8, "fp32", 27, kind=tanh_normal.MEDIAN),
+    draw(8, "fp32", 157, kind=tanh_normal.MODE, everywhere=True),
+    draw(8, "bf16", 160, kind=tanh_normal.MODE),
+    draw(17, "fp32", 158, kind=tanh_normal.MODE),
+    draw(8, "fp32", 187, kind=tanh_normal.MEAN, everywhere=True),
+    draw(8, "bf16", 190, kind=tanh_normal.MEAN),
+    draw(257, "fp32", 204, kind=tanh_normal.MEAN),
+    draw_backward(8, "fp32", 170, kind=tanh_normal.MODE, everywhere=True),
+    draw_backward(8, "bf16", 176, span=1, clamp=1, kind=tanh_normal.MODE),
+    draw_backward(8, "fp32", 278, kind=tanh_normal.MEAN, everywhere=True),
+    draw_backward(17, "bf16", 292, span=1, clamp=1, kind=tanh_normal.MEAN),
     draw(17, "fp32", 54),
-    draw(257, "fp32", 77),
+    draw(257, "fp32", 60),
     draw(1500, "fp32"),
     draw(8, "fp32", 85, extracted=True),
     draw_backward(8, "fp32", 50, everywhere=True),

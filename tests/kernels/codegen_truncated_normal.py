@@ -9,7 +9,7 @@ from typing import Any
 
 from fastprob.kernels import truncated_normal
 from fastprob.kernels._launch import FLAT_TILE, forward_grid
-from fastprob.kernels.truncated_normal import WARPS
+from fastprob.kernels.truncated_normal import HALF_WARPS, WARPS
 from tests.kernels import codegen_normal
 from tests.kernels.codegen_normal import ROWS, tiling
 from tests.kernels.machine import Case
@@ -54,7 +54,7 @@ def draw(
     kind: int = truncated_normal.RANDOM,
     everywhere: bool = False,
 ) -> Case:
-    grid = forward_grid(ROWS, a)
+    grid = forward_grid(ROWS, a, True)
     kernel = truncated_normal.draw_kernel
     random = kind == truncated_normal.RANDOM
     limits = _limits(kernel, tensors, clamp, entropy=entropy, state=random, ticket=random)
@@ -97,7 +97,7 @@ def draw_backward(
 def score(
     a: int, dtype: str, slots: float | None = None, *, entropy: bool, everywhere: bool = False
 ) -> Case:
-    grid = forward_grid(ROWS, a)
+    grid = forward_grid(ROWS, a, True)
     kernel = truncated_normal.score_kernel
     constants = {
         **tiling(grid, a), "LOC": 0, "SCALE": 0, "VALUE": 0, "SCORE": True, "ENTROPY": entropy,
@@ -111,19 +111,25 @@ def score(
 
 
 def score_backward(
-    a: int, dtype: str, slots: float | None = None, *, everywhere: bool = False
+    a: int,
+    dtype: str,
+    slots: float | None = None,
+    *,
+    to_value: bool = False,
+    everywhere: bool = False,
 ) -> Case:
     count, warps = FLAT_TILE
+    warps *= WARPS if dtype == "fp32" else HALF_WARPS
     kernel = truncated_normal.score_backward_kernel
     constants = {
         "A": a, "COUNT": count, "LOC": 0, "SCALE": 0, "VALUE": 0, "BY_SCORE": True,
-        "BY_ENTROPY": True, "TO_VALUE": False, "FAST": True,
-        **_limits(kernel, False, 0, grad_value=False),
+        "BY_ENTROPY": True, "TO_VALUE": to_value, "FAST": True,
+        **_limits(kernel, False, 0, grad_value=to_value),
     }  # fmt: skip
     return Case(
-        f"truncated-normal-score-backward-{a}-{dtype}", kernel, _types(dtype), constants,
-        WARPS * warps,
-        count, (5 + 3 / a) * _size(dtype), slots, everywhere=everywhere,
+        f"truncated-normal-score-backward-{a}-{dtype}-value={to_value}", kernel, _types(dtype),
+        constants, warps, count, (5 + to_value + 3 / a) * _size(dtype), slots,
+        everywhere=everywhere,
     )  # fmt: skip
 
 
@@ -136,5 +142,6 @@ CASES = [
     draw_backward(8, "fp32", 183, everywhere=True),
     score(8, "fp32", 100, entropy=True, everywhere=True),
     score_backward(8, "fp32", 123, everywhere=True),
-    score_backward(17, "bf16", 158),
+    score_backward(17, "bf16", 143),
+    score_backward(8, "bf16", 143, to_value=True),
 ]
