@@ -308,7 +308,7 @@ def test_what_has_no_probability_is_never_drawn(a, device):
 @pytest.mark.parametrize("a", [98, 257, 1001, 2047, 16383])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_both_ends_of_rows_that_begin_within_a_vector(a, dtype, device):
-    """The last row is as long as the tensor, and a row may reach into one more chunk than others."""
+    """The last row ends with the tensor, and a row may reach into one more chunk than others."""
     for k in (0, a - 1):
         logits = torch.full((9, a), -50.0, dtype=dtype, device=device)
         logits[:, k] = 3.0
