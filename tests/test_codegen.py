@@ -79,6 +79,27 @@ def test_a_batch_of_more_than_2_to_the_31_elements_has_an_end(case):
     assert not re.search(r"muli %(total_)?rows\b.*: i32\b", code)
 
 
+def narrow_addresses(ttir: str) -> set[str]:
+    """What is done with a program's number but to widen it, compare it or take its low bits."""
+    found = set()
+    for name in re.findall(r"(%\w+) = tt.get_program_id", ttir):
+        uses = re.findall(rf"= (\S+) [^=\n]*{name}\b", ttir)
+        found |= set(uses) - {"arith.extsi", "arith.cmpi", "arith.andi"}
+    return found
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.everywhere], ids=lambda case: case.name)
+def test_addresses_have_64_bits(case):
+    """More than 2^31 elements: what begins with the program's number is int64 from there on."""
+    assert narrow_addresses(machine.compiled(case, "sm_90").asm["ttir"]) == set()
+
+
+def test_the_check_finds_an_address_of_32_bits():
+    wide = "%p = tt.get_program_id x : i32\n%q = arith.extsi %p : i32 to i64\n"
+    assert narrow_addresses(wide) == set()
+    assert narrow_addresses(wide + "%s = arith.muli %p, %c : i32\n") == {"arith.muli"}
+
+
 def test_the_shortest_way_leaves_out_a_slow_path():
     way = machine.shortest_way(
         [
