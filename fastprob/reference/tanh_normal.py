@@ -59,9 +59,7 @@ def squash(
     return _place(torch.tanh_(x) if ours and spent else torch.tanh(x), half, mid, safe, ours)
 
 
-def _place(
-    y: Tensor, half: Tensor | float, mid: Tensor | float, safe: bool, ours: bool
-) -> Tensor:
+def _place(y: Tensor, half: Tensor | float, mid: Tensor | float, safe: bool, ours: bool) -> Tensor:
     """`squash` from the tanh, in place where it is `ours`."""
     if safe:
         bound = limit(y.dtype)
