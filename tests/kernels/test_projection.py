@@ -171,6 +171,15 @@ def same_rows(projection, value):
     assert torch.equal(again.double(), got.double())
 
 
+@pytest.mark.parametrize("widths", [(3,), (2, 1), (1500,)], ids=str)
+def test_no_rows(widths, device):
+    projection = ops.OneHot(widths, torch.int64, None, device)
+    for shape in ((0,), (2, 0), (0, 2)):
+        value = torch.zeros(*shape, sum(widths), device=device)
+        got = projection(value)
+        assert got.shape == value.shape and got.dtype is torch.int64
+
+
 def test_zeros_of_both_signs_are_equals(device):
     projection = ops.OneHot((3,), torch.int64, None, device)
     value = torch.tensor([[-0.0, 0.0, -1.0], [-1.0, 0.0, -0.0]], device=device)
