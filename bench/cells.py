@@ -316,7 +316,7 @@ class Ran:
     grads: dict[Any, Tensor | None]
 
 
-def _finish(inputs: dict[Any, Tensor], values: dict[Any, Tensor]) -> Ran:
+def finish(inputs: dict[Any, Tensor], values: dict[Any, Tensor]) -> Ran:
     """Runs the backward pass from everything that has a gradient and is finite."""
     loss: Any = 0.0
     for i, value in enumerate(values.values()):
@@ -450,7 +450,7 @@ def _run(call: Call, prepare: Callable[[Call], Callable[..., Any]]) -> list[Ran]
         inputs = call.fresh_inputs()
         with _switched(call.cell):
             found = run(inputs)
-        made.append(_finish(inputs, found))
+        made.append(finish(inputs, found))
     return [*made, Ran({"torch's stream": torch.rand(4)}, {})]
 
 

@@ -1,7 +1,7 @@
 """Compiled calls, upstream beside fastprob under ``torch.compile``, and one compiled ahead of time.
 
-The last table decides what a compiled graph holds where there is a choice: the mode of a TanhNormal
-as an operator that Inductor does not look into, or the reference left to it to fuse.
+What a compiled graph should hold, an operator or what Inductor makes, is timed by
+:mod:`bench.opaque`.
 """
 
 from __future__ import annotations
@@ -64,9 +64,6 @@ def run(args: argparse.Namespace) -> int:
         add("score, entropy and clipped ratio 4096x8, both passes", upstream, ours, 1.3)
         compiled, exported = _ahead_of_time(libraries["fastprob"])
         add("safe IndependentNormal 16x8: compiled, ahead of time", compiled, exported, 3.0)
-        for count, width in ((16, 8), (4096, 8), (65536, 16)):
-            opaque, fused = _mode(count, width)
-            add(f"mode of a TanhNormal {count}x{width}: opaque, Inductor", opaque, fused, None)
     if args.out is not None or not args.quick:
         payload = {"environment": results.environment(), "rows": rows}
         folder = args.out or results.default_folder()
@@ -145,15 +142,3 @@ def _ahead_of_time(library: Implementation) -> list[float]:
         exported = load_policy(export_policy(module, td, "random", Path(folder) / "policy.pt2"))
         compiled = torch.compile(module)
         return _in_turns([_bound(compiled, td.copy()), _bound(exported, td.copy())], 50)
-
-
-def _mode(count: int, width: int) -> list[float]:
-    from fastprob.reference import tanh_normal
-
-    torch._dynamo.reset()
-    td = _parameters(count, width)
-    with torch.no_grad():
-        fused = torch.compile(lambda loc, scale: tanh_normal.mode(loc, scale))
-        # What an operator that Inductor does not look into would run, without its dispatch.
-        calls = [_bound(f, td["loc"], td["scale"]) for f in (tanh_normal.mode, fused)]
-        return _in_turns(calls, 20 if count == 16 else 1)

@@ -18,12 +18,23 @@ from tests._modules import TYPES, head, normal_td
 
 CELLS = matrix.product()
 PAIRS = matrix.cover(CELLS, 2)
-# Inductor takes 5 s a cell: one draw of each kind of noise, each from another source.
+# Every family once; noise from each source, by each kind of call.
 CHOSEN = [
+    matrix.Cell("Normal", "random", True, "bounded each", "none", "plain"),
     matrix.Cell("IndependentNormal", "random", True, "bounded", "key", "sequence"),
-    matrix.Cell("Categorical", "random", True, "categorical", "int", "num_samples"),
+    matrix.Cell("TanhNormal", "random", True, "none", "int", "nested keys"),
     matrix.Cell("TruncatedNormal", "random", True, "none", "generator", "composite"),
+    matrix.Cell("Delta", "mode", True, "bounded", "none", "plain"),
+    matrix.Cell("TanhDelta", "deterministic", True, "bounded", "none", "tensordict_out"),
+    matrix.Cell("Categorical", "random", True, "categorical", "int", "num_samples"),
+    matrix.Cell("OneHotCategorical", "random", True, "masked one hot", "key", "plain"),
+    matrix.Cell("MaskedCategorical", "random", True, "none", "generator", "plain"),
+    matrix.Cell("MaskedOneHotCategorical", "mode", True, "one hot", "none", "sequence"),
+    matrix.Cell("Ordinal", "random", True, "masked categorical", "none", "nested keys"),
+    matrix.Cell("OneHotOrdinal", "random", True, "none", "int", "type set inside"),
+    matrix.Cell("Bernoulli", "random", True, "binary", "generator", "num_samples"),
     matrix.Cell("Beta", "random", True, "none", "none", "plain"),
+    matrix.Cell("Composite", "random", True, "both", "key", "plain"),
 ]
 
 
@@ -45,9 +56,28 @@ def test_every_pair_of_choices_compiles_in_one_graph_and_equals_eager(family):
     assert [f"{o.cell}: {o.reason}" for o in outcomes if o.reason is not None] == []
 
 
-def test_draws_under_inductor_equal_eager():
-    outcomes = matrix.check(CHOSEN, implementation("fastprob"), "inductor")
-    assert [f"{o.cell}: {o.reason}" for o in outcomes if o.reason is not None] == []
+def test_every_family_under_inductor_equals_eager_in_both_passes():
+    """All in one graph, so that the order of their draws counts as well."""
+    assert [cell.family for cell in CHOSEN] == list(matrix.FAMILIES)
+
+    def results(prepare):
+        calls = [matrix.Call(cell, implementation("fastprob")) for cell in CHOSEN]
+        run = prepare(lambda inputs: [c(i) for c, i in zip(calls, inputs, strict=True)])
+        torch.manual_seed(0)
+        inputs = [call.fresh_inputs() for call in calls]
+        found = run(inputs)
+        # The graph has one backward pass for all.
+        return matrix.finish(flat(inputs), flat(found))
+
+    def flat(parts):
+        return {(str(c), k): v for c, p in zip(CHOSEN, parts, strict=True) for k, v in p.items()}
+
+    torch._dynamo.reset()
+    expected = results(lambda run: run)
+    found = results(lambda run: torch.compile(run, backend="inductor", fullgraph=True))
+    assert matrix.difference(expected, found) is None
+    differentiated = {cell for (cell, _), grad in expected.grads.items() if grad is not None}
+    assert differentiated == {str(cell) for cell in CHOSEN}
 
 
 def test_the_cells_hold_every_pair():
@@ -61,7 +91,7 @@ def test_the_cells_hold_every_pair():
     )
 
 
-@pytest.mark.parametrize("spoil", ["value", "gradient", "key", "break", "silence"])
+@pytest.mark.parametrize("spoil", ["value", "gradient", "key", "stream", "break", "silence"])
 def test_the_check_notices(spoil, monkeypatch):
     """A call that is not the same compiled as eager fails, however it differs."""
     score = spoil == "silence"
@@ -80,6 +110,8 @@ def test_the_check_notices(spoil, monkeypatch):
             return {k: v + 1e-3 for k, v in found.items()}
         if spoil == "gradient":
             return {k: v.detach() + 2 * (v - v.detach()) for k, v in found.items()}
+        if spoil == "stream":
+            return {k: v + 0 * torch.rand(()) for k, v in found.items()}
         if spoil == "key":
             return {**found, "more": inputs["loc"]}
         torch._dynamo.graph_break()

@@ -1,0 +1,179 @@
+"""The run of the matrix that goes on after an interruption, and the timing of operators."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import matrix, opaque, options
+from bench.cells import Cell, Outcome, cover, product
+
+CELLS = [Cell("Normal", "mode", False, "none", "none", form) for form in ("plain", "sequence")]
+SIDE = SimpleNamespace(name="fastprob", version="fastprob 0")
+
+
+def state(folder, code="a", shard="1of1"):
+    return matrix.State(folder, "fastprob", "aot_eager", code, shard)
+
+
+def parsed(*words):
+    parser = argparse.ArgumentParser()
+    options.add_matrix_arguments(parser)
+    return parser.parse_args(words)
+
+
+# --- the state ---
+
+
+def test_outcomes_of_all_processes_are_read_and_those_of_other_code_are_not(tmp_path):
+    assert state(tmp_path).read() == {}
+    state(tmp_path).add(Outcome(CELLS[0], None), 0.25)
+    state(tmp_path, shard="2of2").add(Outcome(CELLS[1], "another value"), 0.5)
+    found = state(tmp_path).read()
+    assert {name: row["reason"] for name, row in found.items()} == {
+        str(CELLS[0]): None,
+        str(CELLS[1]): "another value",
+    }
+    assert state(tmp_path, code="b").read() == {}
+
+
+def test_a_line_that_was_cut_off_costs_one_cell(tmp_path):
+    first = state(tmp_path)
+    first.add(Outcome(CELLS[0], None), 0.25)
+    with first.path.open("a") as file:
+        file.write('{"cell": "Normal / mo')
+    state(tmp_path).add(Outcome(CELLS[1], None), 0.25)
+    assert set(state(tmp_path).read()) == set(map(str, CELLS))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The command over two cells, whose check says what `answers` holds."""
+    asked = []
+    answers = {}
+
+    def check_cell(cell, library, backend):
+        asked.append(cell)
+        answer = answers.get(cell)
+        if isinstance(answer, type):
+            raise answer
+        return Outcome(cell, answer)
+
+    monkeypatch.setattr(matrix, "product", lambda: CELLS)
+    monkeypatch.setattr(matrix, "in_order", list)
+    monkeypatch.setattr(matrix, "check_cell", check_cell)
+    monkeypatch.setattr(matrix, "implementation", lambda name: SIDE)
+
+    def run(*words):
+        out, states = str(tmp_path / "out"), str(tmp_path / "state")
+        status = matrix.run(
+            parsed("--full", "--side=fastprob", "--out", out, "--state", states, *words)
+        )
+        data = json.loads((tmp_path / "out" / "matrix.json").read_text())
+        return status, data["sides"]["fastprob"]
+
+    run.asked, run.answers = asked, answers
+    return run
+
+
+def test_a_run_goes_on_where_one_was_interrupted(run):
+    run.answers[CELLS[1]] = KeyboardInterrupt
+    status, side = run()
+    assert (status, side["ran"], side["passed"]) == (0, 1, 1)
+    del run.answers[CELLS[1]]
+    status, side = run()
+    assert (status, side["ran"], side["passed"]) == (0, 2, 2)
+    assert run.asked == [CELLS[0], CELLS[1], CELLS[1]]
+
+
+def test_shards_take_each_cell_once_and_are_summed_up_together(run):
+    assert run("--shard", "2/2")[1]["ran"] == 1
+    assert run("--shard", "1/2")[1]["ran"] == 2
+    assert run.asked == [CELLS[1], CELLS[0]]
+
+
+def test_no_minutes_sum_up_and_run_nothing(run):
+    assert run("--minutes", "0")[1]["ran"] == 0
+    assert run.asked == []
+
+
+def test_a_cell_that_fails_is_named_counted_and_fails_the_command(run):
+    run.answers[CELLS[0]] = "values of action: 3 of 12 differ"
+    status, side = run()
+    assert status == 1
+    assert side["failed"] == {str(CELLS[0]): "values of action: 3 of 12 differ"}
+    assert list(side["reasons"].values()) == [1]
+    assert side["by_choice"]["form"] == {"plain": [0, 1], "sequence": [1, 1]}
+    # What is known to fail is not run again.
+    assert run()[0] == 1
+    assert len(run.asked) == 2
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/0"])
+def test_a_shard_that_is_none_is_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        parsed("--shard", text)
+    assert "I/N" in capsys.readouterr().err
+
+
+def test_comments_and_docstrings_are_no_other_code():
+    def dump(text):
+        return matrix.ast.dump(matrix._without_docstrings(text))
+
+    same = (
+        'def f():\n    "Says."\n    return 1\n',
+        'def f():\n    "Does."\n    # Why.\n    return 1\n',
+    )
+    assert dump(same[0]) == dump(same[1])
+    assert dump(same[0]) != dump(same[0].replace("1", "2"))
+
+
+def test_the_order_holds_every_triple_first_and_every_cell_once():
+    every = product()
+    ordered = matrix.in_order(every)
+    triples = cover(every, 3)
+    assert ordered[: len(triples)] == triples
+    assert len(set(ordered)) == len(every)
+
+
+# --- operators and Inductor ---
+
+
+@pytest.mark.parametrize("family", opaque.FAMILIES)
+def test_the_operator_has_the_values_and_gradients_of_the_function(family):
+    torch._dynamo.reset()
+    params = opaque.FAMILIES[family][0](torch.Generator().manual_seed(1), 4, 3)
+    given = [v.requires_grad_(v.is_floating_point()) for v in params.values()]
+    # The score of a Delta has no gradient.
+    call = "mode" if "Delta" in family else "score and entropy"
+    plain = opaque.function(family, call, params)
+    leaves = [x for x in given if x.requires_grad]
+    which = [i for i, x in enumerate(plain(*given)) if x.requires_grad]
+    assert which
+    run = opaque._only(plain, which)
+    operator = opaque.as_operator(f"test_{family}", run, given)
+    compiled = torch.compile(operator, backend="aot_eager", fullgraph=True)
+    expected = run(*given)
+    weights = [torch.randn_like(x) for x in expected]
+    grads = torch.autograd.grad(expected, leaves, weights, materialize_grads=True)
+    for call in (operator, compiled):
+        found = call(*given)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, leaves, weights), grads)
+    with torch.no_grad():
+        torch.testing.assert_close(operator(*given), run(*given))
+
+
+@pytest.mark.parametrize(
+    ("times", "decision"), [((1.0, 1.2), "operator"), ((1.0, 1.05), "Inductor")]
+)
+def test_the_faster_way_is_decided_for_by_its_margin(times, decision, monkeypatch):
+    monkeypatch.setattr(opaque, "_both_ways", lambda run, *_: (run, run))
+    monkeypatch.setattr(opaque, "_in_turns", lambda calls, device: list(times))
+    rows = opaque.compare("TanhNormal", "draw and score", 4, 3, "cpu")
+    assert [row["pass"] for row in rows] == ["forward", "forward and backward"]
+    assert {row["decision"] for row in rows} == {decision}
