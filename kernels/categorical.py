@@ -88,6 +88,10 @@ class Tile(NamedTuple):
 SPLIT_MOST = 2048
 GATHER_MOST = 96
 GATHER_MOST_BACKWARD = 32
+# Triton 3.6 does not compile the search of shifted rows, and spills 624 bytes of a score at A = 257.
+SHIFTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+if not SHIFTS:
+    GATHER_MOST = GATHER_MOST_BACKWARD = 1024
 # Elements of a row in the registers of a thread, for a backward pass.
 HELD_BACKWARD = 32
 # A chunk of a longer row and the warps of its program: 32 elements of a thread. 16 take 17.8 issue
@@ -115,7 +119,7 @@ def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False
     vector = 16 // itemsize
     # Rows begin at whole vectors, or wherever they do.
     begin = vector if a % vector else 0
-    if a > SPLIT_MOST:
+    if a > (SPLIT_MOST if power or SHIFTS else GATHER_MOST):
         count, warps = CHUNK if rows >= FEW_WIDE else CHUNK_OF_FEW
         count = count * held // 64
         chunks = triton.next_power_of_2(-(-(a + max(begin - 1, 0)) // count))
