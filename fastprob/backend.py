@@ -29,6 +29,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 mode = "auto"
 
 
+def is_exporting() -> bool:
+    """Whether a graph is being exported.
+
+    In torch 2.11 `torch.compiler.is_exporting()` says so of every graph that is being compiled.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def set_backend(name: str) -> None:
     """Chooses the implementation of all calls from now on.
 

@@ -32,7 +32,6 @@ from fastprob.reference.tanh_normal import sample_score as tanh_sample_score
 from fastprob.rng import DRAWS as _draws
 from fastprob.rng import TOKEN as _token
 
-_is_exporting = torch.compiler.is_exporting
 _grad_enabled = torch.is_grad_enabled
 _contiguous = torch.contiguous_format
 _Distribution = D.Distribution
@@ -150,7 +149,7 @@ class Straight:
             whether the call was made; if not, nothing was changed.
         """
         if (
-            _is_exporting()
+            backend.is_exporting()
             or skips_existing()
             or module.distribution_kwargs
             or _Distribution._validate_args

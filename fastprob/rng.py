@@ -30,11 +30,11 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from fastprob import lowering, native
+from fastprob.backend import is_exporting as _is_exporting
 from fastprob.counter import Counter, CounterStream, SeedCounter
 from fastprob.reference import philox
 
 _is_compiling = torch.compiler.is_compiling
-_is_exporting = torch.compiler.is_exporting
 _contiguous = torch.contiguous_format
 
 

@@ -86,3 +86,11 @@ def test_draw_from_a_generator_stays_an_operator():
     generator = torch.Generator().manual_seed(3)
     assert torch.equal(function(like), torch.randn(4, 2, generator=generator))
     assert torch.equal(function(like), torch.randn(4, 2, generator=generator))
+
+
+def test_large_exponential_draw_takes_the_faster_way():
+    expected, found, code = both(
+        lambda x: rng.exponential(x.shape, x, None) + x, torch.ones(64, 64)
+    )
+    assert torch.equal(found, expected)
+    assert any("fastprob.reference._noise.exponential_(" in text for text in code)
