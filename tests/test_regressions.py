@@ -59,3 +59,18 @@ def test_bounds_in_tensors_break_no_graph(kind, interaction):
 def test_a_composite_of_a_tensor_says_what_it_expects():
     with pytest.raises(TypeError, match=r"expects params to be a tensordict .* got Tensor"):
         F.CompositeDistribution(torch.zeros(3), {"a": D.Normal})
+
+
+def test_mode_of_a_beta_on_the_border_has_a_gradient_in_a_graph():
+    def function(a, b):
+        return F.Beta(a, b).take(InteractionType.MODE, score=True)
+
+    a = torch.tensor([1.3, 2.0], requires_grad=True)
+    b = torch.tensor([0.5, 3.0], requires_grad=True)
+    gradients = []
+    for call in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        value, _ = call(a, b)
+        assert value[0] == 1.0
+        gradients.append(torch.autograd.grad(value.sum(), (a, b)))
+    assert all(map(torch.equal, *gradients))
+    assert all(g.isfinite().all() for g in gradients[0])

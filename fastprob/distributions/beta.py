@@ -63,7 +63,10 @@ class _BetaBase(Fused):
             return value, None
         if served:
             return value, ops.score_given(a, b, value, self._ndims)[0]
-        return value, ops.log_prob(a, b, value, self._ndims)
+        # The density does not change with the value at its mode. At a mode on the border the
+        # gradient by the value is infinite, and NaN where a graph multiplies it by 0.
+        scored = value.detach() if interaction is MODE else value
+        return value, ops.log_prob(a, b, scored, self._ndims)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of `value`, `[*sample, *batch]`."""
