@@ -239,6 +239,13 @@ def sample_score(
         value `[*sample, *batch, *event]`, log-density `[*sample, *batch]`.
     """
     if not _needs_grad(loc, scale, *_tensors(low, high)):
+        if torch.compiler.is_compiling() and loc.is_cpu and not backend.is_exporting():
+            # An operator that the compiler does not look into may look at the values, and takes the
+            # short formula where every mean lies inside its bounds: 1.6 ms in place of 3.6 for
+            # 4096 x 8 (`python -m bench opaque`). With gradients Inductor's code is faster.
+            return torch.ops.fastprob.truncated_normal_quantile(
+                loc, scale, *_as_arguments(low, high), p, ndims
+            )
         std = reference.central(loc, scale, low, high)
         if std is not None:
             value, z = reference.central_quantile(std, low, high, p.double())
@@ -250,6 +257,52 @@ def sample_score(
     else:
         score = reference.total(cost + (torch.log(scale.double()) + log_m), ndims, loc.dtype)
     return value.to(loc.dtype), score
+
+
+def _as_arguments(low: Any, high: Any) -> tuple[Any, Any, Any]:
+    """Bounds as an operator takes them: two tensors, or two numbers."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return torch.as_tensor(low), torch.as_tensor(high), None
+    return None, None, (low, high)
+
+
+def _quantile_op(loc, scale, lows, highs, limits, p, ndims):
+    low, high = (lows, highs) if limits is None else limits
+    value, score = sample_score(loc, scale, low, high, p, ndims)
+    return value.contiguous(), score.contiguous()
+
+
+def _quantile_fake(loc, scale, lows, highs, limits, p, ndims):
+    batch = p.shape[: p.dim() - ndims]
+    return loc.new_empty(p.shape), loc.new_empty(batch)
+
+
+def _quantile_vmap(info, in_dims, loc, scale, lows, highs, limits, p, ndims):
+    dims = dict(zip(("loc", "scale", "lows", "highs", "limits", "p"), in_dims, strict=False))
+    p = lead(p, dims["p"], info.batch_size)
+
+    def led(name, x):
+        # Its own dimensions are the last ones of p.
+        if not isinstance(x, Tensor):
+            return x
+        x = lead(x, dims[name], info.batch_size)
+        return x.reshape(x.shape[0], *(1,) * (p.dim() - x.dim()), *x.shape[1:])
+
+    made = torch.ops.fastprob.truncated_normal_quantile(
+        led("loc", loc), led("scale", scale), led("lows", lows), led("highs", highs), limits, p,
+        ndims,
+    )  # fmt: skip
+    return made, (0, 0)
+
+
+register(
+    "truncated_normal_quantile",
+    "(Tensor loc, Tensor scale, Tensor? lows, Tensor? highs, float[]? limits, Tensor p, int ndims) "
+    "-> (Tensor, Tensor)",
+    _quantile_op,
+    _quantile_fake,
+    vmap=_quantile_vmap,
+)
 
 
 def sample_score_detached(

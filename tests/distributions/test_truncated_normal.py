@@ -372,3 +372,86 @@ def test_tanh_loc_update_and_bounds():
     torch.testing.assert_close(mine.loc, theirs.loc)
     torch.testing.assert_close(mine.mean, theirs.mean, rtol=1e-4, atol=1e-4)
     assert mine.support.check(mine.sample()).all()
+
+
+# the operator of compiled graphs without gradients ------------------------------------------
+
+
+QUANTILE = torch.ops.fastprob.truncated_normal_quantile.default
+
+
+def bounds_of_kind(kind):
+    if kind == "numbers":
+        return -1.0, 1.0
+    return torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([1.0, 0.5, 3.0])
+
+
+@pytest.fixture
+def graphs():
+    """A backend of torch.compile that keeps the graphs it gets."""
+    kept = []
+
+    def backend(graph, inputs):
+        kept.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    yield kept, backend
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["numbers", "tensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_graph_without_gradients_holds_one_operator(graphs, kind, dtype):
+    kept, backend = graphs
+    low, high = bounds_of_kind(kind)
+    draw = torch.Generator().manual_seed(3)
+    # A mean outside of its bounds takes the long formula.
+    for spread in (0.2, 4.0):
+        loc = torch.randn(7, 3, generator=draw).mul_(spread).to(dtype)
+        scale = torch.rand(7, 3, generator=draw).add_(0.2).to(dtype)
+
+        def call(loc, scale):
+            return F.TruncatedNormal(loc, scale, low=low, high=high).rsample_and_log_prob((2,))
+
+        torch.manual_seed(1)
+        expected = call(loc, scale)
+        compiled = torch.compile(call, backend=backend, fullgraph=True)
+        torch.manual_seed(1)
+        found = compiled(loc, scale)
+        assert all(map(torch.equal, found, expected))
+        assert [t.shape for t in found] == [(2, 7, 3), (2, 7)]
+    targets = [node.target for node in kept[0].graph.nodes]
+    assert targets.count(torch.ops.fastprob.truncated_normal_quantile) == 1 or QUANTILE in targets
+
+
+def test_graph_with_gradients_holds_the_formula(graphs):
+    kept, backend = graphs
+    loc, scale = torch.zeros(4, 3, requires_grad=True), torch.ones(4, 3)
+
+    def call(loc, scale):
+        return F.TruncatedNormal(loc, scale).rsample_and_log_prob()
+
+    torch.compile(call, backend=backend, fullgraph=True)(loc, scale)
+    names = {str(node.target) for node in kept[0].graph.nodes}
+    assert not any("truncated_normal_quantile" in name for name in names)
+
+
+@pytest.mark.parametrize("kind", ["numbers", "tensors"])
+def test_operator_passes_opcheck_and_is_batched_by_vmap(kind):
+    low, high = bounds_of_kind(kind)
+    given = (None, None, [low, high]) if kind == "numbers" else (low, high, None)
+    draw = torch.Generator().manual_seed(5)
+    loc = torch.randn(4, 5, 3, generator=draw)
+    scale = torch.rand(5, 3, generator=draw) + 0.2
+    p = torch.rand(2, 5, 4, 3, generator=draw)
+    torch.library.opcheck(QUANTILE, (loc[0], scale, *given, p[:, :, 0], 1))
+
+    def one(loc, p):
+        return QUANTILE(loc, scale, *given, p, 1)
+
+    value, score = torch.vmap(one, in_dims=(0, 2))(loc, p)
+    for i in range(4):
+        expected = one(loc[i], p[:, :, i])
+        torch.testing.assert_close(value[i], expected[0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(score[i], expected[1], rtol=1e-5, atol=1e-5)
