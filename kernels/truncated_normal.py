@@ -60,8 +60,10 @@ from fastprob.kernels._launch import (
 # Times the warps of `_launch`'s tiles: with half the elements a thread 186 registers and 126 issue
 # slots an element forward, where with all of them 255 do not suffice.
 WARPS = 2
-# The same for the gradients of scores in half precision: 8 elements a thread are 128 bits, of 199
-# registers. Those of a draw would take 255 and spill, so that theirs are of 64 bits.
+# The same for gradients in half precision: 8 elements a thread are 128 bits. Those of scores take
+# 199 registers; those of draws would take 255 and 168 bytes of stack, so that they are computed in
+# two halves, one behind the other: 204 registers, and 159 issue slots where 4 elements a thread
+# take 172.
 HALF_WARPS = 1
 # How a value is chosen.
 RANDOM, MEDIAN, MEAN, MODE = range(4)
@@ -271,10 +273,21 @@ def _outer_entropy_slopes(a, w, k_a, h_a, k_b, r, rest, first, second, FAST: tl.
 
 
 @triton.jit
-def _probability(seed, call, start, flip, COUNT: tl.constexpr, KIND: tl.constexpr):
-    """The probabilities below and above a value, mirrored with the interval."""
+def _probability(
+    seed, call, start, flip, COUNT: tl.constexpr, KIND: tl.constexpr, HALF: tl.constexpr = -1
+):
+    """The probabilities below and above a value, mirrored with the interval.
+
+    Where HALF is 0 or 1, for the COUNT elements of that half, see `_halves`.
+    """
     if KIND == _RANDOM:
-        step = random.steps(seed, call, start, COUNT)
+        if HALF < 0:
+            step = random.steps(seed, call, start, COUNT)
+        else:
+            group = start // 4 + tl.arange(0, COUNT // 4) * 2 + HALF
+            w0, w1, w2, w3 = random.philox(seed, call, group)
+            step = random.spread(w0 >> 9, w1 >> 9, w2 >> 9, w3 >> 9, COUNT)
+            step = step.to(tl.int32, bitcast=True).to(tl.float32)
         step = tl.where(flip, 8388607.0 - step, step)
         p = step * _STEP + _FIRST
         q = (8388607.0 - step) * _STEP + _FIRST
@@ -282,6 +295,28 @@ def _probability(seed, call, start, flip, COUNT: tl.constexpr, KIND: tl.constexp
     else:
         half = tl.full([COUNT], 0.5, tl.float32)
         return half, half
+
+
+@triton.jit
+def _halves(x, COUNT: tl.constexpr, SPLIT: tl.constexpr):
+    """The two halves of a tile: of each 8 elements, which a thread has, the first and last 4.
+
+    Where not SPLIT, both are x: a number, or what nothing asks for.
+    """
+    if SPLIT:
+        eights = tl.permute(tl.reshape(x, [COUNT // 8, 2, 4]), (0, 2, 1))
+        first, last = tl.split(eights)
+        return tl.reshape(first, [COUNT // 2]), tl.reshape(last, [COUNT // 2])
+    else:
+        return x, x
+
+
+@triton.jit
+def _joined(first, last, COUNT: tl.constexpr):
+    """The tile that two halves make."""
+    first = tl.reshape(first, [COUNT // 8, 4])
+    last = tl.reshape(last, [COUNT // 8, 4])
+    return tl.reshape(tl.permute(tl.join(first, last), (0, 2, 1)), [COUNT])
 
 
 @triton.jit
@@ -478,30 +513,18 @@ def _central_slopes(a, b, density_a, density_b, mass, FAST: tl.constexpr):
 
 
 @triton.jit
-def _draw_backward_tile(
-    grad_value, grad_score, grad_entropy, loc, scale, low, high, grad_loc, grad_scale, lo, hi,
-    clamp_low, clamp_high, clamp_lo, clamp_hi, used, start, left, rows,
-    value_row, value_column, loc_row, loc_column, scale_row, scale_column,
-    low_row, low_column, high_row, high_column,
-    A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, LOC: tl.constexpr,
-    SCALE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr,
-    PATHWISE: tl.constexpr, BY_VALUE: tl.constexpr, BY_SCORE: tl.constexpr,
-    BY_ENTROPY: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr,
+def _draw_slopes(
+    mu, sigma, least, most, along, by_row, rate, bottom, top, seed, call, start,
+    COUNT: tl.constexpr, HALF: tl.constexpr, KIND: tl.constexpr, PATHWISE: tl.constexpr,
+    BY_VALUE: tl.constexpr, BY_SCORE: tl.constexpr, BY_ENTROPY: tl.constexpr,
+    CLAMP: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    i = tl.arange(0, COUNT)
-    inside = i < left
-    mu, sigma, least, most = _load(
-        loc, scale, low, high, lo, hi, start, i, inside, rows,
-        loc_row, loc_column, scale_row, scale_column, low_row, low_column, high_row, high_column,
-        A, COUNT, LOC, SCALE, LOW, HIGH, WHOLE,
-    )  # fmt: skip
+    """The gradients by loc and scale, from those of values, scores and entropies.
+
+    Of COUNT elements: a tile, or that half of one.
+    """
     a, b, flip, outer = _standardize(mu, sigma, least, most, FAST)
-    seed = start
-    call = start
-    if KIND == _RANDOM:
-        seed = tl.load(used)
-        call = tl.load(used + 1)
-    p, q = _probability(seed, call, start, flip, COUNT, KIND)
+    p, q = _probability(seed, call, start, flip, COUNT, KIND, HALF)
     density_a, density_b, below, above, mass = _masses(a, b, FAST)
     first, second, shift, stretch = _central_slopes(a, b, density_a, density_b, mass, FAST)
     if KIND == _MODE:
@@ -543,7 +566,56 @@ def _draw_backward_tile(
     inverse = m.reciprocal(sigma, FAST)
     to_loc = tl.zeros([COUNT], tl.float32)
     to_scale = tl.zeros([COUNT], tl.float32)
+    if BY_VALUE and PATHWISE:
+        if CLAMP:
+            x = tile.clamp(x, least, most)
+            along = tl.where((x >= bottom) & (x <= top), along, 0.0)
+        along = tl.where(flip, -along, along)
+    if BY_SCORE:
+        by_row *= inverse
+        to_loc = by_row * lean
+        to_scale = by_row * spread
+        if PATHWISE:
+            along -= by_row * z
+    if BY_ENTROPY:
+        rate *= inverse
+        to_loc -= rate * shift
+        to_scale += rate * stretch
+    if PATHWISE:
+        to_loc += along * by_loc
+        to_scale += along * by_scale
+    return tl.where(flip, -to_loc, to_loc), to_scale
+
+
+@triton.jit
+def _draw_backward_tile(
+    grad_value, grad_score, grad_entropy, loc, scale, low, high, grad_loc, grad_scale, lo, hi,
+    clamp_low, clamp_high, clamp_lo, clamp_hi, used, start, left, rows,
+    value_row, value_column, loc_row, loc_column, scale_row, scale_column,
+    low_row, low_column, high_row, high_column,
+    A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, LOC: tl.constexpr,
+    SCALE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr,
+    PATHWISE: tl.constexpr, BY_VALUE: tl.constexpr, BY_SCORE: tl.constexpr,
+    BY_ENTROPY: tl.constexpr, CLAMP: tl.constexpr, HALVES: tl.constexpr,
+    FAST: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, COUNT)
+    inside = i < left
+    mu, sigma, least, most = _load(
+        loc, scale, low, high, lo, hi, start, i, inside, rows,
+        loc_row, loc_column, scale_row, scale_column, low_row, low_column, high_row, high_column,
+        A, COUNT, LOC, SCALE, LOW, HIGH, WHOLE,
+    )  # fmt: skip
+    seed = start
+    call = start
+    if KIND == _RANDOM:
+        seed = tl.load(used)
+        call = tl.load(used + 1)
     along = tl.zeros([COUNT], tl.float32)
+    by_row = along
+    rate = along
+    bottom = along
+    top = along
     if BY_VALUE and PATHWISE:
         along = tile.load(
             grad_value, start, i, inside, 0.0, rows, value_row, value_column,
@@ -553,24 +625,37 @@ def _draw_backward_tile(
             bottom, top = tile.bounds(
                 clamp_low, clamp_high, clamp_lo, clamp_hi, start, i, A, COUNT, CLAMP
             )
-            x = tile.clamp(x, least, most)
-            along = tl.where((x >= bottom) & (x <= top), along, 0.0)
-        along = tl.where(flip, -along, along)
     if BY_SCORE:
-        by_row = tile.of_rows(grad_score, start, i, inside, A, COUNT, WHOLE) * inverse
-        to_loc = by_row * lean
-        to_scale = by_row * spread
-        if PATHWISE:
-            along -= by_row * z
+        by_row = tile.of_rows(grad_score, start, i, inside, A, COUNT, WHOLE)
     if BY_ENTROPY:
         # The entropy has no sample dimensions: its gradient goes to the first sample alone.
-        rate = tile.of_first_rows(grad_entropy, start, i, inside, rows, A, COUNT, WHOLE) * inverse
-        to_loc -= rate * shift
-        to_scale += rate * stretch
-    if PATHWISE:
-        to_loc += along * by_loc
-        to_scale += along * by_scale
-    tile.store(grad_loc, start, tl.where(flip, -to_loc, to_loc), i, inside, COUNT, COUNT, WHOLE)
+        rate = tile.of_first_rows(grad_entropy, start, i, inside, rows, A, COUNT, WHOLE)
+    if HALVES:
+        mu0, mu1 = _halves(mu, COUNT, True)
+        sigma0, sigma1 = _halves(sigma, COUNT, True)
+        least0, least1 = _halves(least, COUNT, LOW >= 0)
+        most0, most1 = _halves(most, COUNT, HIGH >= 0)
+        along0, along1 = _halves(along, COUNT, BY_VALUE and PATHWISE)
+        by_row0, by_row1 = _halves(by_row, COUNT, BY_SCORE)
+        rate0, rate1 = _halves(rate, COUNT, BY_ENTROPY)
+        bottom0, bottom1 = _halves(bottom, COUNT, CLAMP == 2)
+        top0, top1 = _halves(top, COUNT, CLAMP == 2)
+        to_loc0, to_scale0 = _draw_slopes(
+            mu0, sigma0, least0, most0, along0, by_row0, rate0, bottom0, top0, seed, call, start,
+            COUNT // 2, 0, KIND, PATHWISE, BY_VALUE, BY_SCORE, BY_ENTROPY, CLAMP, FAST,
+        )  # fmt: skip
+        to_loc1, to_scale1 = _draw_slopes(
+            mu1, sigma1, least1, most1, along1, by_row1, rate1, bottom1, top1, seed, call, start,
+            COUNT // 2, 1, KIND, PATHWISE, BY_VALUE, BY_SCORE, BY_ENTROPY, CLAMP, FAST,
+        )  # fmt: skip
+        to_loc = _joined(to_loc0, to_loc1, COUNT)
+        to_scale = _joined(to_scale0, to_scale1, COUNT)
+    else:
+        to_loc, to_scale = _draw_slopes(
+            mu, sigma, least, most, along, by_row, rate, bottom, top, seed, call, start,
+            COUNT, -1, KIND, PATHWISE, BY_VALUE, BY_SCORE, BY_ENTROPY, CLAMP, FAST,
+        )  # fmt: skip
+    tile.store(grad_loc, start, to_loc, i, inside, COUNT, COUNT, WHOLE)
     tile.store(grad_scale, start, to_scale, i, inside, COUNT, COUNT, WHOLE)
 
 
@@ -583,7 +668,7 @@ def draw_backward_kernel(
     A: tl.constexpr, COUNT: tl.constexpr, VALUE: tl.constexpr, LOC: tl.constexpr,
     SCALE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr,
     PATHWISE: tl.constexpr, BY_VALUE: tl.constexpr, BY_SCORE: tl.constexpr,
-    BY_ENTROPY: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr,
+    BY_ENTROPY: tl.constexpr, CLAMP: tl.constexpr, HALVES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of COUNT elements, the noise drawn anew from the state that the draw has used."""
     start = tl.program_id(0).to(tl.int64) * COUNT
@@ -594,7 +679,7 @@ def draw_backward_kernel(
             value_row, value_column, loc_row, loc_column, scale_row, scale_column,
             low_row, low_column, high_row, high_column,
             A, COUNT, VALUE, LOC, SCALE, LOW, HIGH, KIND, PATHWISE, BY_VALUE, BY_SCORE,
-            BY_ENTROPY, CLAMP, FAST, True,
+            BY_ENTROPY, CLAMP, HALVES, FAST, True,
         )  # fmt: skip
     else:
         _draw_backward_tile(
@@ -604,7 +689,7 @@ def draw_backward_kernel(
             value_row, value_column, loc_row, loc_column, scale_row, scale_column,
             low_row, low_column, high_row, high_column,
             A, COUNT, VALUE, LOC, SCALE, LOW, HIGH, KIND, PATHWISE, BY_VALUE, BY_SCORE,
-            BY_ENTROPY, CLAMP, FAST, False,
+            BY_ENTROPY, CLAMP, HALVES, FAST, False,
         )  # fmt: skip
 
 
@@ -943,6 +1028,9 @@ def draw_backward(
     upstream = parameter(grad_value if grad_value is not None else grad_loc, ndims, False)
     clamped, clamp_lo, clamp_hi, clamp_low, clamp_high = bounds_of(clamp)
     programs, count, warps = flat_grid(total)
+    # With the gradients of entropies a clamped draw's would take 72 bytes of stack on sm_100.
+    # A warp of 64 threads on AMD leaves a thread 4 elements as it is.
+    halves = loc.element_size() == 2 and grad_entropy is None and torch.version.hip is None
     with launching(loc):
         draw_backward_kernel[(programs,)](
             upstream.tensor, tail(grad_score), tail(grad_entropy), mu.tensor, sigma.tensor,
@@ -954,7 +1042,8 @@ def draw_backward(
             A=a, COUNT=count, VALUE=upstream.layout, LOC=mu.layout, SCALE=sigma.layout,
             KIND=kind, PATHWISE=pathwise, BY_VALUE=grad_value is not None,
             BY_SCORE=grad_score is not None, BY_ENTROPY=grad_entropy is not None,
-            CLAMP=clamped, FAST=fast(loc), num_warps=WARPS * warps,
+            CLAMP=clamped, HALVES=halves, FAST=fast(loc),
+            num_warps=warps * (HALF_WARPS if halves else WARPS),
         )  # fmt: skip
     return fold(grad_loc, loc), fold(grad_scale, scale)
 

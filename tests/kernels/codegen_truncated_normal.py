@@ -77,20 +77,33 @@ def draw(
 
 
 def draw_backward(
-    a: int, dtype: str, slots: float | None = None, *, everywhere: bool = False
+    a: int,
+    dtype: str,
+    slots: float | None = None,
+    *,
+    tensors: bool = False,
+    clamp: int = 0,
+    entropy: bool = False,
+    kind: int = truncated_normal.RANDOM,
+    everywhere: bool = False,
 ) -> Case:
     count, warps = FLAT_TILE
+    halves = dtype != "fp32" and not entropy
     kernel = truncated_normal.draw_backward_kernel
+    random = kind == truncated_normal.RANDOM
     constants = {
-        "A": a, "COUNT": count, "VALUE": 0, "LOC": 0, "SCALE": 0, "KIND": truncated_normal.RANDOM,
-        "PATHWISE": True, "BY_VALUE": True, "BY_SCORE": True, "BY_ENTROPY": False, "CLAMP": 0,
-        "FAST": True, **_limits(kernel, False, 0, grad_entropy=False),
+        "A": a, "COUNT": count, "VALUE": 0, "LOC": 0, "SCALE": 0, "KIND": kind,
+        "PATHWISE": True, "BY_VALUE": True, "BY_SCORE": True, "BY_ENTROPY": entropy,
+        "CLAMP": clamp, "HALVES": halves, "FAST": True,
+        **_limits(kernel, tensors, clamp, grad_entropy=entropy, used=random),
     }  # fmt: skip
+    name = (
+        f"truncated-normal-draw-backward-{a}-{dtype}-tensors={tensors}-clamp={clamp}-"
+        f"entropy={entropy}-kind={kind}"
+    )
     return Case(
-        f"truncated-normal-draw-backward-{a}-{dtype}", kernel, _types(dtype), constants,
-        WARPS * warps,
-        count, (5 + 1 / a) * _size(dtype), slots, vectors=dtype == "fp32",
-        everywhere=everywhere,
+        name, kernel, _types(dtype), constants, warps * (HALF_WARPS if halves else WARPS), count,
+        (5 + (1 + entropy) / a) * _size(dtype), slots, everywhere=everywhere,
     )  # fmt: skip
 
 
@@ -140,6 +153,8 @@ CASES = [
     draw(17, "fp32", 160, entropy=True),
     draw(8, "fp32", 89, kind=truncated_normal.MEAN),
     draw_backward(8, "fp32", 183, everywhere=True),
+    draw_backward(8, "bf16", 175),
+    draw_backward(17, "bf16", 232, tensors=True, clamp=1),
     score(8, "fp32", 100, entropy=True, everywhere=True),
     score_backward(8, "fp32", 123, everywhere=True),
     score_backward(17, "bf16", 143),
