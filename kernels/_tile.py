@@ -222,12 +222,17 @@ def store_rows(
 
 @triton.jit
 def bounds(low, high, lo, hi, start, i, A: tl.constexpr, COUNT: tl.constexpr, CLAMP: tl.constexpr):
-    """Bounds of the elements: two numbers where CLAMP is 1, those of a row's elements where 2."""
+    """Bounds of the elements: two numbers where CLAMP is 1, those of a row's elements where 2.
+
+    Zeros where it is 0: Triton 3.6 returns no None from a function.
+    """
     if CLAMP == 2:
         _, column = place(start, i, A, COUNT)
         return tl.load(low + column).to(tl.float32), tl.load(high + column).to(tl.float32)
-    else:
+    elif CLAMP == 1:
         return lo, hi
+    else:
+        return 0.0, 0.0
 
 
 @triton.jit

@@ -66,7 +66,9 @@ def score(a: int, dtype: str, probs: bool, slots: float, everywhere: bool = Fals
     name = f"bernoulli-score-entropy-{'probs' if probs else 'logits'}-{a}-{dtype}"
     return Case(
         name, bernoulli.score_kernel, types(dtype), constants, grid.warps, grid.tile,
-        (2 + 2 / a) * _size(dtype), slots, vectors=False, everywhere=everywhere,
+        (2 + 2 / a) * _size(dtype), slots, everywhere=everywhere,
+        # Two loads of a tile, and sums of its rows alone to store.
+        accesses=(2 * grid.count * _size(dtype) // (32 * grid.warps) // 16, 0),
     )  # fmt: skip
 
 

@@ -118,8 +118,10 @@ def score(
     }  # fmt: skip
     return Case(
         f"truncated-normal-score-{a}-{dtype}-entropy={entropy}", kernel, _types(dtype), constants,
-        WARPS * grid.warps, grid.tile, (3 + (1 + entropy) / a) * _size(dtype), slots, vectors=False,
+        WARPS * grid.warps, grid.tile, (3 + (1 + entropy) / a) * _size(dtype), slots,
         everywhere=everywhere,
+        # Three loads of a tile, and sums of its rows alone to store.
+        accesses=(3 * grid.count * _size(dtype) // (32 * WARPS * grid.warps) // 16, 0),
     )  # fmt: skip
 
 
