@@ -177,8 +177,9 @@ def _source(name: str, run: Json) -> str:
 def _calls(data: Json) -> Iterable[str]:
     titles = {row["case"]: row["title"] for row in data["results"]}
     yield (
-        "Graphs that were compiled in the same process have built the noise kernel of a CPU, so that "
-        "fastprob's large normal draws use it in eager mode too, as after `fastprob.native.build()`."
+        "Graphs that were compiled in the same process have built the noise kernel of a CPU, so "
+        "that fastprob's large normal draws use it in eager mode too, as after "
+        "`fastprob.native.build()`."
     )
     yield from _refused((titles[row["case"]], row) for row in data["results"])
     yield from _missing((titles[row["case"]], row) for row in data["results"])
