@@ -118,6 +118,7 @@ def add_gpu_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``report``."""
+    parser.add_argument("--quick", action="store_true", help="print the tables, write nothing")
     parser.add_argument(
         "--check", action="store_true", help="change nothing; fail where README.md is out of date"
     )

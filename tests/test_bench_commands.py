@@ -499,6 +499,15 @@ def test_a_changed_figure_is_noticed():
     assert report.with_tables(changed, report.tables(report.RESULTS)) != changed
 
 
+def test_report_quick_prints_and_writes_nothing(capsys):
+    from bench.__main__ import main
+
+    before = report.README.read_bytes()
+    assert main(["report", "--quick"]) == 0
+    assert capsys.readouterr().out.strip() == report.tables(report.RESULTS).strip()
+    assert report.README.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "text",
     ["", report.BEGIN, f"{report.END} {report.BEGIN}", f"{report.BEGIN}{report.END}{report.END}"],
