@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Everything that a build reads; a copy of it is built, so that the checkout stays as it is.
 BUILD_INPUTS = ("fastprob", "kernels", "pyproject.toml", "README.md", "LICENSE")
-LONGEST_IMPORT = 0.15  # seconds, over `import tensordict`
+LONGEST_IMPORT = 0.1  # seconds of CPU, over `import tensordict`
 
 
 def run_python(code: str, *, cwd: Path, path: Path) -> str:
@@ -218,7 +218,10 @@ def test_import_touches_no_global_of_torch(installed, tmp_path):
     assert json.loads(run_python(textwrap.dedent(code), cwd=tmp_path, path=installed)) == []
 
 
-def test_import_takes_little_over_tensordict(installed, tmp_path):
+def test_import_takes_little_over_tensordict(installed, tmp_path, monkeypatch):
+    # An installed package has byte code: the first run writes it, the next one reads it. Compiling
+    # the sources takes twice as long as all the rest.
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     code = """
         import time, tensordict
         began = time.process_time()
