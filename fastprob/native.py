@@ -6,8 +6,8 @@ generator where ATen would leave it. The rest is ATen's own: `avx_mathfun.h` com
 65536 x 16 in fp32: 3.63 -> 1.01 ms; 2048 elements: 7.8 -> 4.2 us.
 
 The kernel is compiled by what compiles Inductor's CPU kernels, and checked against ATen before it
-is used. Compiled graphs build it when they are made; eager mode uses it once it is there, which
-`build()` sees to.
+is used. Compiled graphs build it when they are made, and eager mode uses it once it is there;
+`build()` builds it without a graph.
 
 Source: Matsumoto and Nishimura, "Mersenne Twister" (1998); Box and Muller (1958).
 """
