@@ -468,8 +468,7 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         if self._stream is not None and _draws(dist, interaction):
             generator, successor = self._stream.open(tensordict, self.in_keys)
         shape = self.num_samples
-        # A mean is of no kind: it lies between the members. Nor may a kernel project an estimate.
-        carried = self._projections is not None and interaction is not MEAN and self._carry(dist)
+        carried = self._projections is not None and self._carry(dist)
         value, log_prob = take(
             dist,
             interaction,
@@ -491,6 +490,7 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
         else:
             items = self._gather(dist, value, log_prob)
         if self._projections is not None and not carried:
+            # A mean is of no kind: it lies between the members.
             kind = None if interaction is MEAN else getattr(dist, "_kind", None)
             items = self._project(items, kind)
         if parameters is not None:

@@ -332,11 +332,13 @@ class ExtractedNormal(IndependentNormal):
         return value, log_prob
 
     def _point(self, interaction: InteractionType, score: bool):
-        if not score or self._mapped is not None or not backend.serves(self._raw):
+        if self._mapped is not None or not backend.serves(self._raw):
             return super()._point(interaction, score)
+        # Without a score as well: the scale is to be mapped in any case, in four operations apart.
         value, log_prob, self._mapped = extractor.draw(
-            self._raw, self._mapping, random=False, bounds=self._bounds_of_value
-        )
+            self._raw, self._mapping, kind=extractor.MEAN, score=score,
+            bounds=self._bounds_of_value,
+        )  # fmt: skip
         return value, log_prob
 
 

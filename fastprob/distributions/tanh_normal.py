@@ -156,11 +156,8 @@ class TanhNormal(Fused):
         loc, scale, bounds = self.loc, self.scale, self._bounds
         served = ops.served_bounds(bounds, loc, self._ndims) if backend.serves(loc) else None
         if served is not None:
-            kind = (
-                ops.MEAN if interaction is MEAN else ops.MODE if interaction is MODE else ops.MEDIAN
-            )
             return ops.draw(
-                loc, scale, served, EMPTY, self._ndims, kind=kind, score=score,
+                loc, scale, served, EMPTY, self._ndims, kind=_kind(interaction), score=score,
                 clamp=self._bounds_of_value,
             )  # fmt: skip
         if interaction is MEAN:
@@ -321,11 +318,11 @@ class ExtractedTanhNormal(TanhNormal):
 
     def _point(self, interaction: InteractionType, score: bool):
         interval = self._extracted()
-        if interval is None or interaction is MEAN or interaction is MODE:
+        if interval is None:
             return super()._point(interaction, score)
         value, log_prob, self._mapped = extractor.draw(
-            self._raw, self._mapping, random=False, score=score, bounds=self._bounds_of_value,
-            interval=interval,
+            self._raw, self._mapping, kind=_kind(interaction), score=score,
+            bounds=self._bounds_of_value, interval=interval,
         )  # fmt: skip
         return value, log_prob
 
@@ -343,6 +340,11 @@ def _kl(p: TanhNormal, q: TanhNormal) -> Tensor:
             "the KL divergence of two TanhNormals has no closed form where their bounds differ"
         )
     return D.kl_divergence(p.base_dist, q.base_dist)
+
+
+def _kind(interaction: InteractionType) -> int:
+    """Which value that is not drawn, as the operators number it."""
+    return ops.MEAN if interaction is MEAN else ops.MODE if interaction is MODE else ops.MEDIAN
 
 
 def _bounds(low: Any, high: Any, safe: bool, loc: Tensor) -> Bounds:

@@ -22,6 +22,8 @@ from fastprob.reference import normal as normal_reference
 from fastprob.reference import tanh_normal as tanh_reference
 
 SOFTPLUS, EXP = reference.SOFTPLUS, reference.EXP
+# How a value is chosen, as the kernels number it. A Normal's median, mean and mode are one.
+RANDOM, MEDIAN, MEAN, MODE = tanh_reference.KINDS
 
 
 class Mapping(NamedTuple):
@@ -50,7 +52,7 @@ def draw(
     mapping: Mapping,
     generator: Any = None,
     *,
-    random: bool = True,
+    kind: int = RANDOM,
     score: bool = True,
     pathwise: bool = True,
     bounds: Bounds | None = None,
@@ -62,26 +64,28 @@ def draw(
         raw: `[*batch, 2 A]`.
         mapping: how its second half becomes the scale.
         generator: a `CounterStream`, a `torch.Generator`, or None for torch's default one.
-        random: whether the value is drawn; if not, it is the mean.
+        kind: RANDOM, MEDIAN, MEAN or MODE.
         score: whether the log-density is wanted.
-        pathwise: whether gradients flow through the value.
+        pathwise: whether gradients flow through a value that is drawn; through others they do.
         bounds: what the value is clamped to after it was scored.
         interval: where a TanhNormal's values lie, from `served_bounds`; None for a Normal.
 
     Returns:
         value `[*batch, A]`, log-density `[*batch]` or None, scale `[*batch, A]`.
     """
+    random = kind == RANDOM
+    pathwise = pathwise or not random
     if not plain_eager():
         state = _random.device_pair(raw, generator) if random and generator is not None else None
         value, scores, scales, _ = torch.ops.fastprob.extracted_draw(
-            raw, state, random, score, pathwise, list(mapping), *(bounds or no_bounds),
+            raw, state, kind, score, pathwise, list(mapping), *(bounds or no_bounds),
             *_spread(interval),
         )  # fmt: skip
         return value if pathwise else value.detach(), scores if score else None, scales
     state = _random.state_for(raw, generator) if random else None
     if wants_gradient(raw):
-        return _Draw.apply(raw, state, score, pathwise, mapping, bounds, interval)
-    value, scores, scales, _ = _launch(raw, state, score, mapping, bounds, interval, False)
+        return _Draw.apply(raw, state, kind, score, pathwise, mapping, bounds, interval)
+    value, scores, scales, _ = _launch(raw, state, kind, score, mapping, bounds, interval, False)
     return value, scores, scales
 
 
@@ -97,7 +101,7 @@ def _gather(numbers: Any, halves: Any, mids: Any, safe: bool) -> Interval | None
     return tanh_normal.from_arguments(numbers, halves, mids, safe)
 
 
-def _launch(raw, state, score, mapping, bounds, interval, keep):
+def _launch(raw, state, kind, score, mapping, bounds, interval, keep):
     loc, rough = raw.chunk(2, -1)
     scales = torch.empty_like(loc, memory_format=torch.contiguous_format)
     wanted = {
@@ -110,12 +114,12 @@ def _launch(raw, state, score, mapping, bounds, interval, keep):
         )
     else:
         value, scores, used = backend.kernels("tanh_normal").draw(
-            loc, rough, interval, torch.Size(), 1, **wanted
+            loc, rough, interval, torch.Size(), 1, point=kind, **wanted
         )
     return value, scores, scales, used
 
 
-def _launch_backward(grads, raw, used, pathwise, mapping, bounds, interval):
+def _launch_backward(grads, raw, used, kind, pathwise, mapping, bounds, interval):
     """The gradient of `raw`; `grads` those of value, log-density and scale."""
     loc, rough = raw.chunk(2, -1)
     into = torch.empty_like(raw, memory_format=torch.contiguous_format)
@@ -134,19 +138,21 @@ def _launch_backward(grads, raw, used, pathwise, mapping, bounds, interval):
         )  # fmt: skip
     else:
         backend.kernels("tanh_normal").draw_backward(
-            grad_value, grad_score, loc, rough, interval, used, torch.Size(), 1, clamp=bounds,
-            **given,
+            grad_value, grad_score, loc, rough, interval, used, torch.Size(), 1, point=kind,
+            clamp=bounds, **given,
         )  # fmt: skip
     return into
 
 
 class _Draw(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, raw, state, score, pathwise, mapping, bounds, interval):
+    def forward(ctx, raw, state, kind, score, pathwise, mapping, bounds, interval):
         ctx.set_materialize_grads(False)
-        value, scores, scales, used = _launch(raw, state, score, mapping, bounds, interval, True)
+        value, scores, scales, used = _launch(
+            raw, state, kind, score, mapping, bounds, interval, True
+        )
         ctx.save_for_backward(raw, used)
-        ctx.rest = pathwise, mapping, bounds, interval
+        ctx.rest = kind, pathwise, mapping, bounds, interval
         if not pathwise:
             ctx.mark_non_differentiable(value)
         return value, scores, scales
@@ -155,22 +161,23 @@ class _Draw(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         raw, used = ctx.saved_tensors
-        return _launch_backward(grads, raw, used, *ctx.rest), *(None,) * 6
+        return _launch_backward(grads, raw, used, *ctx.rest), *(None,) * 7
 
 
 def _mapping(numbers):
     return Mapping(int(numbers[0]), *numbers[1:])
 
 
-def _draw_op(raw, state, random, score, pathwise, mapping, limits, low, high, *interval):
+def _draw_op(raw, state, kind, score, pathwise, mapping, limits, low, high, *interval):
     bounds = Bounds(limits, low, high)
     span = _gather(*interval)
     made = _mapping(mapping)
+    random = kind == RANDOM
     if backend.serves(raw):
         source = None
         if random:
             source = _random.state_for(raw, None) if state is None else _random.given_pair(state)
-        value, scores, scales, used = _launch(raw, source, score, made, bounds, span, random)
+        value, scores, scales, used = _launch(raw, source, kind, score, made, bounds, span, random)
     else:
         used = None
         if random:
@@ -183,8 +190,9 @@ def _draw_op(raw, state, random, score, pathwise, mapping, limits, low, high, *i
             )
         else:
             value, scores = tanh_reference.draw(
-                loc, scales, used, torch.Size(), 1, score, span.half, span.mid, span.safe, *bounds
-            )
+                loc, scales, used, torch.Size(), 1, score, span.half, span.mid, span.safe, *bounds,
+                kind,
+            )  # fmt: skip
     return (
         value,
         wanted(scores, raw),
@@ -193,19 +201,20 @@ def _draw_op(raw, state, random, score, pathwise, mapping, limits, low, high, *i
     )
 
 
-def _draw_fake(raw, state, random, score, *_):
+def _draw_fake(raw, state, kind, score, *_):
     shape = (*raw.shape[:-1], raw.shape[-1] // 2)
     return (
         raw.new_empty(shape),
         raw.new_empty(shape[:-1]) if score else nothing(raw),
         raw.new_empty(shape),
-        raw.new_empty(2 if random else 0, dtype=torch.int64),
+        raw.new_empty(2 if kind == RANDOM else 0, dtype=torch.int64),
     )
 
 
 def _draw_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    raw, _, ctx.random, ctx.score, ctx.pathwise, ctx.mapping, ctx.limits, *rest = inputs
+    raw, _, ctx.kind, ctx.score, ctx.pathwise, ctx.mapping, ctx.limits, *rest = inputs
+    ctx.pathwise = ctx.pathwise or ctx.kind != RANDOM
     low, high, ctx.interval, halves, mids, ctx.safe = rest
     ctx.save_for_backward(raw, output[3], low, high, halves, mids)
 
@@ -214,20 +223,21 @@ def _draw_gradient(ctx, grad_value, grad_score, grad_scale, _):
     raw, used, low, high, halves, mids = ctx.saved_tensors
     made = torch.ops.fastprob.extracted_draw_backward(
         grad_value if ctx.pathwise else None, grad_score if ctx.score else None, grad_scale, raw,
-        used if ctx.random else None, ctx.pathwise, ctx.mapping, ctx.limits, low, high,
-        ctx.interval, halves, mids, ctx.safe,
+        used if ctx.kind == RANDOM else None, ctx.kind, ctx.pathwise, ctx.mapping, ctx.limits, low,
+        high, ctx.interval, halves, mids, ctx.safe,
     )  # fmt: skip
     return made, *(None,) * 12
 
 
 def _draw_backward_op(
-    grad_value, grad_score, grad_scale, raw, used, pathwise, mapping, limits, low, high, *interval
-):
+    grad_value, grad_score, grad_scale, raw, used, kind, pathwise, mapping, limits, low, high,
+    *interval,
+):  # fmt: skip
     bounds = Bounds(limits, low, high)
     made, span = _mapping(mapping), _gather(*interval)
     if backend.serves(raw):
         return _launch_backward(
-            (grad_value, grad_score, grad_scale), raw, used, pathwise, made, bounds, span
+            (grad_value, grad_score, grad_scale), raw, used, kind, pathwise, made, bounds, span
         )
     loc, rough = raw.chunk(2, -1)
     scales = reference.scale(rough, *made)
@@ -238,7 +248,7 @@ def _draw_backward_op(
     else:
         by_loc, by_scale = tanh_reference.draw_backward(
             grad_value, grad_score, loc, scales, used, torch.Size(), 1, pathwise, span.half,
-            span.mid, span.safe, *bounds,
+            span.mid, span.safe, *bounds, kind,
         )  # fmt: skip
     if grad_scale is not None:
         by_scale = by_scale + grad_scale
@@ -252,14 +262,14 @@ def _draw_backward_fake(grad_value, grad_score, grad_scale, raw, *_):
 register(
     "extracted_draw_backward",
     "(Tensor? grad_value, Tensor? grad_score, Tensor? grad_scale, Tensor raw, Tensor? used, "
-    "bool pathwise, float[] mapping, float[]? limits, Tensor? low, Tensor? high, "
+    "int kind, bool pathwise, float[] mapping, float[]? limits, Tensor? low, Tensor? high, "
     "float[]? interval, Tensor? halves, Tensor? mids, bool safe) -> Tensor",
     _draw_backward_op,
     _draw_backward_fake,
 )
 register(
     "extracted_draw",
-    "(Tensor raw, Tensor? state, bool random, bool score, bool pathwise, float[] mapping, "
+    "(Tensor raw, Tensor? state, int kind, bool score, bool pathwise, float[] mapping, "
     "float[]? limits, Tensor? low, Tensor? high, float[]? interval, Tensor? halves, Tensor? mids, "
     "bool safe) -> (Tensor, Tensor, Tensor, Tensor)",
     _draw_op,
@@ -267,6 +277,6 @@ register(
     setup=_draw_setup,
     backward=_draw_gradient,
     batched=(0,),
-    out_dims=lambda raw, state, random, score, *_: (0, 0 if score else None, 0, None),
-    random=lambda raw, state, random, *_: random,
+    out_dims=lambda raw, state, kind, score, *_: (0, 0 if score else None, 0, None),
+    random=lambda raw, state, kind, *_: kind == RANDOM,
 )
