@@ -48,6 +48,7 @@ from fastprob.kernels._launch import (
     NO_STATE,
     Grid,
     State,
+    bounds_of,
     event_numel,
     fast,
     flat_grid,
@@ -355,11 +356,12 @@ def scored(
 
 @triton.jit
 def _draw_tile(
-    conc1, conc0, value, seed, call, start, left, rows,
+    conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call, start, left, rows,
     conc1_row, conc1_column, conc0_row, conc0_column,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, CONC1: tl.constexpr,
     CONC0: tl.constexpr, KIND: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    SCORE: tl.constexpr, ENTROPY: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr,
+    SCORE: tl.constexpr, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr,
+    FAST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Writes the values of one tile; gives their scores and entropies, 0 outside."""
     i = tl.arange(0, COUNT)
@@ -376,11 +378,17 @@ def _draw_tile(
         x = mode(a, b)
     else:
         x = m.divide(a, a + b, FAST)
-    tile.store(value, start, x, i, inside, COUNT, TILE, WHOLE)
+    if KEEP:
+        tile.store(drawn_value, start, x, i, inside, COUNT, TILE, WHOLE)
+    if CLAMP:
+        bottom, top = tile.bounds(low, high, lo, hi, start, i, A, COUNT, CLAMP)
+        tile.store(value, start, tile.clamp(x, bottom, top), i, inside, COUNT, TILE, WHOLE)
+    else:
+        tile.store(value, start, x, i, inside, COUNT, TILE, WHOLE)
     score = tl.zeros([COUNT], tl.float32)
     entropy = score
     if SCORE or ENTROPY:
-        # The score is that of the value as it is stored.
+        # The score is that of the value as it is stored, or would be without a clamp.
         x = x.to(value.dtype.element_ty).to(tl.float32)
         score, entropy = scored(a, b, x, SCORE, ENTROPY, KIND != _RANDOM, FAST)
         if not WHOLE:
@@ -407,13 +415,14 @@ def _store_sums(
 
 @triton.jit(do_not_specialize=["seed", "call", "total_rows", "rows"])
 def draw_kernel(
-    conc1, conc0, value, score, entropy, state, used, ticket, seed, call, total_rows, rows,
+    conc1, conc0, value, score, entropy, drawn_value, low, high, lo, hi,
+    state, used, ticket, seed, call, total_rows, rows,
     conc1_row, conc1_column, conc0_row, conc0_column,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
     OWN: tl.constexpr, GATHER: tl.constexpr, WIDE: tl.constexpr, CONC1: tl.constexpr,
     CONC0: tl.constexpr, KIND: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
-    SCORE: tl.constexpr, ENTROPY: tl.constexpr, HOST: tl.constexpr, ADVANCE: tl.constexpr,
-    FAST: tl.constexpr,
+    SCORE: tl.constexpr, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr,
+    HOST: tl.constexpr, ADVANCE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Values, scores and entropies of OWN rows; of one row, chunk by chunk, where WIDE."""
     program = tl.program_id(0).to(tl.int64)
@@ -425,10 +434,11 @@ def draw_kernel(
         entropies = tl.zeros([COUNT], tl.float32)
         for chunk in range(0, A, COUNT):
             terms, more = _draw_tile(
-                conc1, conc0, value, seed, call, begin + chunk, A - chunk, rows,
+                conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
+                begin + chunk, A - chunk, rows,
                 conc1_row, conc1_column, conc0_row, conc0_column,
-                A, COUNT, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, FAST,
-                A % COUNT == 0,
+                A, COUNT, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP,
+                FAST, A % COUNT == 0,
             )  # fmt: skip
             scores += terms
             entropies += more
@@ -441,9 +451,10 @@ def draw_kernel(
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             scores, entropies = _draw_tile(
-                conc1, conc0, value, seed, call, start, COUNT, rows,
-                conc1_row, conc1_column, conc0_row, conc0_column,
-                A, COUNT, TILE, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, FAST, True,
+                conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
+                start, COUNT, rows, conc1_row, conc1_column, conc0_row, conc0_column,
+                A, COUNT, TILE, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP,
+                FAST, True,
             )  # fmt: skip
             _store_sums(
                 score, entropy, scores, entropies, program * OWN, total_rows, rows,
@@ -451,10 +462,11 @@ def draw_kernel(
             )  # fmt: skip
         else:
             scores, entropies = _draw_tile(
-                conc1, conc0, value, seed, call, start,
-                tl.minimum(end - start, TILE).to(tl.int32), rows,
+                conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
+                start, tl.minimum(end - start, TILE).to(tl.int32), rows,
                 conc1_row, conc1_column, conc0_row, conc0_column,
-                A, COUNT, TILE, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, FAST, False,
+                A, COUNT, TILE, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP,
+                FAST, False,
             )  # fmt: skip
             _store_sums(
                 score, entropy, scores, entropies, program * OWN, total_rows, rows,
@@ -550,13 +562,13 @@ def score_kernel(
 @triton.jit
 def _backward_tile(
     grad_value, grad_score, grad_entropy, conc1, conc0, value, by_conc1, by_conc0,
-    grad_conc1, grad_conc0, grad_scored, start, left, rows,
+    grad_conc1, grad_conc0, grad_scored, low, high, lo, hi, start, left, rows,
     conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
     upstream_row, upstream_column,
     A: tl.constexpr, COUNT: tl.constexpr, CONC1: tl.constexpr, CONC0: tl.constexpr,
     VALUE: tl.constexpr, UPSTREAM: tl.constexpr, KIND: tl.constexpr, BY_VALUE: tl.constexpr,
     BY_SCORE: tl.constexpr, BY_ENTROPY: tl.constexpr, TO_VALUE: tl.constexpr,
-    FAST: tl.constexpr, WHOLE: tl.constexpr,
+    CLAMP: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, COUNT)
     inside = i < left
@@ -582,6 +594,11 @@ def _backward_tile(
             grad_value, start, i, inside, 0.0, rows, upstream_row, upstream_column,
             A, COUNT, UPSTREAM, WHOLE,
         )  # fmt: skip
+        if CLAMP:
+            # x is what was drawn. One that rounds to a bound is a bound, as in the value's dtype.
+            bottom, top = tile.bounds(low, high, lo, hi, start, i, A, COUNT, CLAMP)
+            kept = tile.clamp(x, bottom, top).to(value.dtype.element_ty).to(tl.float32) == x
+            along = tl.where(kept, along, 0.0)
     if BY_SCORE:
         share_a, share_b, log_total = _shares(total, by_a, by_b, FAST)
         r_a, r_b, r_total = _digammas(
@@ -639,33 +656,34 @@ def _backward_tile(
 @triton.jit(do_not_specialize=["total", "rows"])
 def backward_kernel(
     grad_value, grad_score, grad_entropy, conc1, conc0, value, by_conc1, by_conc0,
-    grad_conc1, grad_conc0, grad_scored, total, rows,
+    grad_conc1, grad_conc0, grad_scored, low, high, lo, hi, total, rows,
     conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
     upstream_row, upstream_column,
     A: tl.constexpr, COUNT: tl.constexpr, CONC1: tl.constexpr, CONC0: tl.constexpr,
     VALUE: tl.constexpr, UPSTREAM: tl.constexpr, KIND: tl.constexpr, BY_VALUE: tl.constexpr,
     BY_SCORE: tl.constexpr, BY_ENTROPY: tl.constexpr, TO_VALUE: tl.constexpr,
-    FAST: tl.constexpr,
+    CLAMP: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Gradients of COUNT elements, of a value that is given or has derivatives by KIND."""
     start = tl.program_id(0).to(tl.int64) * COUNT
     if start + COUNT <= total:
         _backward_tile(
             grad_value, grad_score, grad_entropy, conc1, conc0, value, by_conc1, by_conc0,
-            grad_conc1, grad_conc0, grad_scored, start, COUNT, rows,
+            grad_conc1, grad_conc0, grad_scored, low, high, lo, hi, start, COUNT, rows,
             conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
             upstream_row, upstream_column,
             A, COUNT, CONC1, CONC0, VALUE, UPSTREAM, KIND, BY_VALUE, BY_SCORE, BY_ENTROPY,
-            TO_VALUE, FAST, True,
+            TO_VALUE, CLAMP, FAST, True,
         )  # fmt: skip
     else:
         _backward_tile(
             grad_value, grad_score, grad_entropy, conc1, conc0, value, by_conc1, by_conc0,
-            grad_conc1, grad_conc0, grad_scored, start, (total - start).to(tl.int32), rows,
+            grad_conc1, grad_conc0, grad_scored, low, high, lo, hi, start,
+            (total - start).to(tl.int32), rows,
             conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
             upstream_row, upstream_column,
             A, COUNT, CONC1, CONC0, VALUE, UPSTREAM, KIND, BY_VALUE, BY_SCORE, BY_ENTROPY,
-            TO_VALUE, FAST, False,
+            TO_VALUE, CLAMP, FAST, False,
         )  # fmt: skip
 
 
@@ -685,8 +703,10 @@ def draw(
     state: State | None = None,
     score: bool = True,
     entropy: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A value, its score and the entropy, in one launch.
+    clamp: Any = None,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """A value, its score, the entropy and the value before its clamp, in one launch.
 
     Args:
         concentration1: a, greater than 0; of one shape, dtype and device with the other.
@@ -697,10 +717,12 @@ def draw(
         state: where the noise comes from, for a RANDOM value.
         score: whether the log-density is wanted.
         entropy: whether the entropy is wanted.
+        clamp: the operators' `Bounds` that the value is clamped to after it was scored, or None.
+        keep: whether the value before the clamp is wanted, which a backward pass reads.
 
     Returns:
-        value `[*sample, *batch, *event]`, log-density `[*sample, *batch]` and entropy `[*batch]`;
-        None for what was not wanted.
+        value `[*sample, *batch, *event]`, log-density `[*sample, *batch]`, entropy `[*batch]` and
+        the value before the clamp, which without one is the value; None for what was not wanted.
     """
     like = concentration1
     full = shape + like.shape
@@ -709,12 +731,15 @@ def draw(
     value = torch.empty(full, dtype=like.dtype, device=like.device)
     scores = torch.empty(shape + batch, dtype=like.dtype, device=like.device) if score else None
     entropies = torch.empty(batch, dtype=like.dtype, device=like.device) if entropy else None
+    kind_of_clamp, lo, hi, low, high = bounds_of(clamp)
+    before = torch.empty_like(value) if keep and kind_of_clamp else None
+    kept = (value if before is None else before) if keep else None
     total = value.numel()
     if total == 0:
         for sums in (scores, entropies):
             if sums is not None:
                 sums.zero_()
-        return value, scores, entropies
+        return value, scores, entropies, kept
     one = parameter(concentration1, ndims, bool(shape))
     zero = parameter(concentration0, ndims, bool(shape))
     least, most = limits(like.dtype)
@@ -722,15 +747,16 @@ def draw(
     grid = tiling(total // a, a)
     with launching(like):
         draw_kernel[(grid.programs,)](
-            one.tensor, zero.tensor, value, scores, entropies,
+            one.tensor, zero.tensor, value, scores, entropies, before, low, high, lo, hi,
             source.pair, None, source.ticket, source.seed, source.call,
             total // a, like.numel() // a, one.row, one.column, zero.row, zero.column,
             A=a, COUNT=grid.count, TILE=grid.tile, ROWS=grid.rows, OWN=grid.own,
             GATHER=grid.gather, WIDE=grid.wide, CONC1=one.layout, CONC0=zero.layout, KIND=kind,
-            LEAST=least, MOST=most, SCORE=score, ENTROPY=entropy, HOST=source.pair is None,
-            ADVANCE=source.ticket is not None, FAST=fast(like), num_warps=grid.warps,
+            LEAST=least, MOST=most, SCORE=score, ENTROPY=entropy, CLAMP=kind_of_clamp,
+            KEEP=before is not None, HOST=source.pair is None, ADVANCE=source.ticket is not None,
+            FAST=fast(like), num_warps=grid.warps,
         )  # fmt: skip
-    return value, scores, entropies
+    return value, scores, entropies, kept
 
 
 def score(
@@ -794,6 +820,7 @@ def draw_backward(
     ndims: int,
     *,
     kind: int = RANDOM,
+    clamp: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `draw` by the concentrations, of their shape.
 
@@ -806,13 +833,14 @@ def draw_backward(
         grad_entropy: gradient of the entropy, None for none.
         concentration1: as in `draw`.
         concentration0: as in `draw`.
-        value: what `draw` has given.
+        value: what `draw` has given, before its clamp.
         ndims: as in `draw`.
         kind: as in `draw`, or GIVEN where no gradient flows through the value.
+        clamp: as in `draw`; it stops the gradient of a value outside.
     """
     return _backward(
         grad_value, grad_score, grad_entropy, concentration1, concentration0, value, ndims, kind,
-        False,
+        False, clamp,
     )[:2]  # fmt: skip
 
 
@@ -862,7 +890,7 @@ def slopes(concentration1: Tensor, concentration0: Tensor, value: Tensor) -> tup
 
 def _backward(
     grad_value, grad_score, grad_entropy, concentration1, concentration0, value, ndims, kind,
-    to_value,
+    to_value, clamp=None,
 ) -> Any:  # fmt: skip
     like = concentration1
     full = like.shape if value is None else value.shape
@@ -888,16 +916,17 @@ def _backward(
     zero = parameter(concentration0, ndims, bool(shape))
     given = one if value is None else parameter(value, ndims, False)
     upstream = parameter(grad_value if grad_value is not None else grad_one, ndims, False)
+    kind_of_clamp, lo, hi, low, high = bounds_of(None if grad_value is None else clamp)
     programs, count, warps = flat_grid(total)
     with launching(like):
         backward_kernel[(programs,)](
             upstream.tensor, tail(grad_score), tail(grad_entropy), one.tensor, zero.tensor,
-            given.tensor, by_one, by_zero, grad_one, grad_zero, grad_scored,
+            given.tensor, by_one, by_zero, grad_one, grad_zero, grad_scored, low, high, lo, hi,
             total, like.numel() // a, one.row, one.column, zero.row, zero.column,
             given.row, given.column, upstream.row, upstream.column,
             A=a, COUNT=count, CONC1=one.layout, CONC0=zero.layout, VALUE=given.layout,
             UPSTREAM=upstream.layout, KIND=kind, BY_VALUE=grad_value is not None,
             BY_SCORE=grad_score is not None, BY_ENTROPY=grad_entropy is not None,
-            TO_VALUE=to_value, FAST=fast(like), num_warps=warps,
+            TO_VALUE=to_value, CLAMP=kind_of_clamp, FAST=fast(like), num_warps=warps,
         )  # fmt: skip
     return fold(grad_one, concentration1), fold(grad_zero, concentration0), grad_scored

@@ -37,7 +37,10 @@ class _BetaBase(Fused):
     def _draw(self, shape, generator, score, pathwise):
         a, b = self.concentration1, self.concentration0
         if backend.serves(a):
-            return ops.draw(a, b, shape, self._ndims, generator, score=score, pathwise=pathwise)
+            return ops.draw(
+                a, b, shape, self._ndims, generator, score=score, pathwise=pathwise,
+                clamp=self._bounds_of_value,
+            )  # fmt: skip
         if score and (pathwise or not torch.is_grad_enabled()):
             return ops.sample_score(a, b, shape, generator, self._ndims)
         if pathwise or not torch.is_grad_enabled():
@@ -52,21 +55,35 @@ class _BetaBase(Fused):
         served = backend.serves(a)
         if served and interaction is not MEDIAN:
             kind = ops.MODE if interaction is MODE else ops.MEAN
-            return ops.draw(a, b, EMPTY, self._ndims, kind=kind, score=score)
+            return ops.draw(
+                a, b, EMPTY, self._ndims, kind=kind, score=score, clamp=self._bounds_of_value
+            )
         if interaction is MODE:
             value = ops.mode(a, b)
         elif interaction is MEDIAN:
             value = ops.median(a, b)
         else:
             value = ops.mean(a, b)
+        if served:
+            # The median, which no kernel finds.
+            scores = ops.score_given(a, b, value, self._ndims)[0] if score else None
+            bounds = self._bounds_of_value
+            return value if bounds is None else bounds.clamp(value), scores
         if not score:
             return value, None
-        if served:
-            return value, ops.score_given(a, b, value, self._ndims)[0]
         # The density does not change with the value at its mode. At a mode on the border the
         # gradient by the value is infinite, and NaN where a graph multiplies it by 0.
         scored = value.detach() if interaction is MODE else value
         return value, ops.log_prob(a, b, scored, self._ndims)
+
+    def carry(self, projection: Any) -> bool:
+        if not backend.serves(self.concentration1):
+            return False
+        # Values are members of a spec from 0 to 1 as they are, which the caller knows.
+        if getattr(projection, "covers", None) == self._kind:
+            return False
+        self._bounds_of_value = ops.bounds_of(projection, self.concentration1, self._ndims)
+        return self._bounds_of_value is not None
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of `value`, `[*sample, *batch]`."""

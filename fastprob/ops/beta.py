@@ -8,9 +8,9 @@ For a = concentration1 and b = concentration0:
 
 The pathwise derivative of a draw is ATen's, for a Dirichlet of two parts.
 
-`draw` and `score_given` are what the kernels serve: they draw from a counter-based state, and score
-and give the entropy in the same pass. Their operators have an implementation for every device, in
-plain PyTorch where the kernels cannot run.
+`draw` and `score_given` are what the kernels serve: they draw from a counter-based state, and
+clamp, score and give the entropy in the same pass. Their operators have an implementation for
+every device, in plain PyTorch where the kernels cannot run.
 """
 
 from __future__ import annotations
@@ -23,11 +23,39 @@ from torch import Tensor
 from fastprob import backend, rng
 from fastprob.ops import _random
 from fastprob.ops._autograd import over_event, sum_to, wants_function
-from fastprob.ops._fused import given, plain_eager, wanted, wants_gradient
+from fastprob.ops._fused import (
+    Bounds,
+    bounds_of,
+    given,
+    no_bounds,
+    plain_eager,
+    wanted,
+    wants_gradient,
+)
 from fastprob.ops._register import lead, nothing, register
 from fastprob.reference import beta as reference
+from fastprob.reference import normal as normal_reference
 from fastprob.reference import philox
 from fastprob.reference._reduce import plain_tensors_only
+
+__all__ = [
+    "GIVEN",
+    "MEAN",
+    "MODE",
+    "RANDOM",
+    "bounds_of",
+    "draw",
+    "entropy",
+    "entropy_given",
+    "log_prob",
+    "mean",
+    "median",
+    "mode",
+    "sample",
+    "sample_score",
+    "score_and_entropy",
+    "score_given",
+]
 
 mean = reference.mean
 median = reference.median
@@ -184,6 +212,7 @@ def draw(
     kind: int = RANDOM,
     score: bool = True,
     pathwise: bool = True,
+    clamp: Bounds | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """A value and its log-density, in one launch where the kernels serve it.
 
@@ -196,6 +225,7 @@ def draw(
         kind: RANDOM, MEAN or MODE.
         score: whether the log-density is wanted.
         pathwise: whether gradients flow through the value.
+        clamp: what the value is clamped to after it was scored.
 
     Returns:
         value `[*shape, *batch, *event]` and log-density `[*shape, *batch]`, or None.
@@ -203,14 +233,16 @@ def draw(
     random = kind == RANDOM
     if not plain_eager():
         state = _random.device_pair(a, generator) if random and generator is not None else None
-        value, scores = torch.ops.fastprob.beta_draw(
-            a, b, state, list(shape), ndims, kind, score, pathwise
+        value, scores, _ = torch.ops.fastprob.beta_draw(
+            a, b, state, list(shape), ndims, kind, score, pathwise, *(clamp or no_bounds)
         )
         return value if pathwise else value.detach(), scores if score else None
     state = _random.state_for(a, generator) if random else None
     if wants_gradient(a, b):
-        return _Draw.apply(a, b, state, shape, ndims, kind, score, pathwise)
-    return backend.kernels("beta").draw(a, b, shape, ndims, kind=kind, state=state, score=score)[:2]
+        return _Draw.apply(a, b, state, shape, ndims, kind, score, pathwise, clamp)
+    return backend.kernels("beta").draw(
+        a, b, shape, ndims, kind=kind, state=state, score=score, clamp=clamp
+    )[:2]
 
 
 def score_given(
@@ -273,13 +305,13 @@ def entropy_given(a: Tensor, b: Tensor, ndims: int, memo: dict[str, Any] | None)
 
 class _Draw(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, state, shape, ndims, kind, score, pathwise):
+    def forward(ctx, a, b, state, shape, ndims, kind, score, pathwise, clamp):
         ctx.set_materialize_grads(False)
-        value, scores, _ = backend.kernels("beta").draw(
-            a, b, shape, ndims, kind=kind, state=state, score=score
+        value, scores, _, drawn = backend.kernels("beta").draw(
+            a, b, shape, ndims, kind=kind, state=state, score=score, clamp=clamp, keep=True
         )
-        ctx.save_for_backward(a, b, value)
-        ctx.ndims, ctx.kind = ndims, kind if pathwise else GIVEN
+        ctx.save_for_backward(a, b, drawn)
+        ctx.ndims, ctx.kind, ctx.clamp = ndims, kind if pathwise else GIVEN, clamp
         if not pathwise:
             ctx.mark_non_differentiable(value)
         return value, scores
@@ -289,9 +321,9 @@ class _Draw(torch.autograd.Function):
     def backward(ctx, *grads):
         grads = (None, grads[1]) if ctx.kind == GIVEN else grads
         made = backend.kernels("beta").draw_backward(
-            *grads, None, *ctx.saved_tensors, ctx.ndims, kind=ctx.kind
+            *grads, None, *ctx.saved_tensors, ctx.ndims, kind=ctx.kind, clamp=ctx.clamp
         )
-        return *made, *(None,) * 6
+        return *made, *(None,) * 7
 
 
 class _ScoreGiven(torch.autograd.Function):
@@ -316,53 +348,64 @@ def _point(a: Tensor, b: Tensor, kind: int, shape: torch.Size) -> Tensor:
     return value.expand(shape + value.shape).clone(memory_format=torch.contiguous_format)
 
 
-def _draw_op(a, b, state, sample, ndims, kind, score, pathwise):
+def _draw_op(a, b, state, sample, ndims, kind, score, pathwise, clamp, low, high):
     shape = torch.Size(sample)
     random = kind == RANDOM
+    bounds = Bounds(clamp, low, high)
     if backend.serves(a):
         source = None
         if random:
             source = _random.state_for(a, None) if state is None else _random.given_pair(state)
-        value, scores, _ = backend.kernels("beta").draw(
-            a, b, shape, ndims, kind=kind, state=source, score=score
+        # The value before its clamp is 4 bytes more; without a clamp it is the value.
+        value, scores, _, drawn = backend.kernels("beta").draw(
+            a, b, shape, ndims, kind=kind, state=source, score=score, clamp=bounds, keep=True
         )
-        return value, wanted(scores, a)
+        return value, wanted(scores, a), wanted(drawn if bounds.kind else None, a)
     if random:
         state = _random.device_pair(a, None) if state is None else state
         full = shape + a.shape
         value = philox.beta(state, a.expand(full), b.expand(full))[0]
     else:
         value = _point(a, b, kind, shape)
-    return value, reference.log_prob(a, b, value, ndims) if score else nothing(a)
+    scores = reference.log_prob(a, b, value, ndims) if score else nothing(a)
+    if not bounds.kind:
+        return value, scores, nothing(a)
+    return normal_reference.clamped(value, clamp, low, high), scores, value
 
 
-def _draw_fake(a, b, state, sample, ndims, kind, score, pathwise):
+def _draw_fake(a, b, state, sample, ndims, kind, score, pathwise, *clamp):
+    full = (*sample, *a.shape)
     return (
-        a.new_empty((*sample, *a.shape)),
+        a.new_empty(full),
         a.new_empty((*sample, *a.shape[: a.dim() - ndims])) if score else nothing(a),
+        a.new_empty(full) if Bounds(*clamp).kind else nothing(a),
     )
 
 
 def _draw_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    a, b, _, _, ctx.ndims, kind, ctx.score, pathwise = inputs
+    a, b, _, _, ctx.ndims, kind, ctx.score, pathwise, ctx.clamp, low, high = inputs
     ctx.kind = kind if pathwise else GIVEN
-    ctx.save_for_backward(a, b, output[0])
+    ctx.save_for_backward(
+        a, b, output[2] if Bounds(ctx.clamp, low, high).kind else output[0], low, high
+    )
 
 
-def _draw_gradient(ctx, grad_value, grad_score):
+def _draw_gradient(ctx, grad_value, grad_score, _):
+    a, b, drawn, low, high = ctx.saved_tensors
     made = torch.ops.fastprob.beta_draw_backward(
         None if ctx.kind == GIVEN else grad_value, grad_score if ctx.score else None,
-        *ctx.saved_tensors, ctx.ndims, ctx.kind,
+        a, b, drawn, ctx.ndims, ctx.kind, ctx.clamp, low, high,
     )  # fmt: skip
-    return *made, *(None,) * 6
+    return *made, *(None,) * 9
 
 
-def _draw_backward_op(grad_value, grad_score, a, b, value, ndims, kind):
+def _draw_backward_op(grad_value, grad_score, a, b, value, ndims, kind, clamp, low, high):
     if backend.serves(a):
         return backend.kernels("beta").draw_backward(
-            grad_value, grad_score, None, a, b, value, ndims, kind=kind
-        )
+            grad_value, grad_score, None, a, b, value, ndims, kind=kind,
+            clamp=Bounds(clamp, low, high),
+        )  # fmt: skip
     grads, along = _score_slopes(grad_score, a, b, value, ndims)
     if along is None:
         along = torch.zeros_like(value)
@@ -370,7 +413,8 @@ def _draw_backward_op(grad_value, grad_score, a, b, value, ndims, kind):
         # At an end the mode stays where it is.
         along = torch.where(value * (1.0 - value) > 0, along, 0.0)
     if grad_value is not None:
-        along = along + grad_value
+        kept = normal_reference.clamped(value, clamp, low, high) == value
+        along = along + torch.where(kept, grad_value, 0.0)
     if kind != GIVEN:
         slopes = _value_slopes(a, b, value, kind)
         grads = [g + along * slope for g, slope in zip(grads, slopes, strict=True)]
@@ -405,7 +449,7 @@ def _score_slopes(
     return [by_a, by_b], rate * ((a - 1.0) / value - (b - 1.0) / (1.0 - value))
 
 
-def _draw_backward_fake(grad_value, grad_score, a, b, value, ndims, kind):
+def _draw_backward_fake(grad_value, grad_score, a, b, *_):
     return _like(a), _like(b)
 
 
@@ -491,25 +535,28 @@ def _score_vmap(info, in_dims, a, b, value, ndims, entropy):
     return (scores, entropies), (None if value is None else 0, 0 if entropy else None)
 
 
+_CLAMP = "float[]? clamp, Tensor? low, Tensor? high"
+
 register(
     "beta_draw_backward",
-    "(Tensor? grad_value, Tensor? grad_score, Tensor a, Tensor b, Tensor value, int ndims, "
-    "int kind) -> (Tensor, Tensor)",
+    "(Tensor? grad_value, Tensor? grad_score, Tensor a, Tensor b, Tensor drawn, int ndims, "
+    f"int kind, {_CLAMP}) -> (Tensor, Tensor)",
     _draw_backward_op,
     _draw_backward_fake,
 )
 register(
     "beta_draw",
     "(Tensor a, Tensor b, Tensor? state, SymInt[] sample, int ndims, int kind, bool score, "
-    "bool pathwise) -> (Tensor, Tensor)",
+    f"bool pathwise, {_CLAMP}) -> (Tensor, Tensor, Tensor)",
     _draw_op,
     _draw_fake,
     setup=_draw_setup,
     backward=_draw_gradient,
     batched=(0, 1),
-    out_dims=lambda a, b, state, sample, ndims, kind, score, *_: (
+    out_dims=lambda a, b, state, sample, ndims, kind, score, pathwise, *clamp: (
         len(sample),
         len(sample) if score else None,
+        len(sample) if Bounds(*clamp).kind else None,
     ),
     random=lambda *args: args[5] == RANDOM,
 )

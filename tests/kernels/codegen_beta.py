@@ -16,7 +16,7 @@ KINDS = {beta.RANDOM: "draw", beta.MEAN: "mean", beta.MODE: "mode", beta.GIVEN: 
 def types(dtype: str) -> dict[str, str]:
     floats = [
         "conc1", "conc0", "value", "score", "entropy", "grad_value", "grad_score", "grad_entropy",
-        "grad_conc1", "grad_conc0", "grad_scored",
+        "grad_conc1", "grad_conc0", "grad_scored", "drawn_value", "low", "high",
     ]  # fmt: skip
     integers = [
         "seed", "call", "total_rows", "total", "rows", "conc1_row", "conc1_column", "conc0_row",
@@ -26,6 +26,7 @@ def types(dtype: str) -> dict[str, str]:
         **dict.fromkeys(floats, f"*{dtype}"),
         **dict.fromkeys(integers, "i64"),
         **dict.fromkeys(("by_conc1", "by_conc0"), "*fp32"),
+        **dict.fromkeys(("lo", "hi"), "fp32"),
         "state": "*i64",
         "ticket": "*i32",
     }
@@ -37,25 +38,31 @@ def _size(dtype: str) -> int:
 
 def draw(
     a: int, dtype: str, slots: float | None = None, everywhere: bool = False,
-    kind: int = beta.RANDOM, score: bool = True, entropy: bool = False,
+    kind: int = beta.RANDOM, score: bool = True, entropy: bool = False, clamp: int = 0,
+    keep: bool = False,
 ) -> Case:  # fmt: skip
     grid = beta.tiling(ROWS, a)
     least, most = beta.limits(DTYPES[dtype])
     random = kind == beta.RANDOM
     constants = {
         **tiling(grid, a), "CONC1": 0, "CONC0": 0, "KIND": kind, "LEAST": least, "MOST": most,
-        "SCORE": score, "ENTROPY": entropy, "HOST": not random, "ADVANCE": random, "FAST": True,
-        "seed": None, "call": None, "used": None,
+        "SCORE": score, "ENTROPY": entropy, "CLAMP": clamp, "KEEP": keep, "HOST": not random,
+        "ADVANCE": random, "FAST": True, "seed": None, "call": None, "used": None,
     }  # fmt: skip
-    wanted = {"score": score, "entropy": entropy, "state": random, "ticket": random}
+    wanted = {
+        "score": score, "entropy": entropy, "state": random, "ticket": random, "drawn_value": keep,
+        **_bounds(clamp),
+    }  # fmt: skip
     constants.update(dict.fromkeys((n for n, needed in wanted.items() if not needed), None))
     name = f"beta-{KINDS[kind]}-{a}-{dtype}" + ("" if score else "-alone")
     name += "-entropy" if entropy else ""
+    name += (f"-clamp={clamp}" if clamp else "") + ("-kept" if keep else "")
     # A wide row is one program, chunk by chunk.
     return Case(
         name, beta.draw_kernel, types(dtype), constants, grid.warps,
-        grid.count if grid.wide else grid.tile, (3 + (score + entropy) / a) * _size(dtype), slots,
-        vectors=not grid.wide, everywhere=everywhere, accesses=_accesses(grid, dtype, 2, 1),
+        grid.count if grid.wide else grid.tile,
+        (3 + keep + (score + entropy) / a) * _size(dtype), slots, vectors=not grid.wide,
+        everywhere=everywhere, accesses=_accesses(grid, dtype, 2, 1 + keep),
     )  # fmt: skip
 
 
@@ -73,21 +80,29 @@ def score(a: int, dtype: str, slots: float, everywhere: bool = False, entropy: b
     )  # fmt: skip
 
 
-def backward(a: int, dtype: str, kind: int, slots: float, everywhere: bool = False) -> Case:
+def backward(
+    a: int, dtype: str, kind: int, slots: float, everywhere: bool = False, clamp: int = 0
+) -> Case:
     count, warps = FLAT_TILE
     given = kind == beta.GIVEN
     constants = {
         "A": a, "COUNT": count, "CONC1": 0, "CONC0": 0, "VALUE": 0, "UPSTREAM": 0, "KIND": kind,
         "BY_VALUE": not given, "BY_SCORE": True, "BY_ENTROPY": given, "TO_VALUE": False,
-        "FAST": True, "grad_scored": None,
+        "CLAMP": clamp, "FAST": True, "grad_scored": None,
         **({"grad_value": None} if given else {"grad_entropy": None}),
         **({} if kind == beta.RANDOM else {"by_conc1": None, "by_conc0": None}),
+        **{n: None for n, needed in _bounds(clamp).items() if not needed},
     }  # fmt: skip
     moved = (5 + 2 / a if given else 6 + 1 / a) * _size(dtype) + (8 if kind == beta.RANDOM else 0)
     return Case(
-        f"beta-{KINDS[kind]}-backward-{a}-{dtype}", beta.backward_kernel, types(dtype), constants,
-        warps, count, moved, slots, everywhere=everywhere,
+        f"beta-{KINDS[kind]}-backward-{a}-{dtype}" + (f"-clamp={clamp}" if clamp else ""),
+        beta.backward_kernel, types(dtype), constants, warps, count, moved, slots,
+        everywhere=everywhere,
     )  # fmt: skip
+
+
+def _bounds(clamp: int) -> dict[str, bool]:
+    return {"lo": clamp == 1, "hi": clamp == 1, "low": clamp == 2, "high": clamp == 2}
 
 
 def _accesses(grid, dtype: str, loads: int, stores: int) -> tuple[int, int]:
@@ -112,11 +127,20 @@ CASES = [
     draw(64, "fp32", 317),
     draw(257, "fp32", 335),
     draw(1500, "fp32", 318),
+    draw(8, "fp32", 310, clamp=1, keep=True),
+    draw(8, "fp32", 310, clamp=2),
+    draw(8, "bf16", 310, clamp=1),
+    draw(17, "fp32", 346, everywhere=True, clamp=1, keep=True),
+    draw(8, "fp32", 126, kind=beta.MEAN, clamp=1, everywhere=True),
+    draw(17, "fp32", 180, kind=beta.MODE, clamp=2, keep=True, everywhere=True),
     score(8, "fp32", 160, everywhere=True),
     score(8, "fp32", 122, entropy=False),
     score(17, "fp32", 199),
     score(8, "bf16", 160),
     backward(8, "fp32", beta.RANDOM, 140, everywhere=True),
+    backward(8, "fp32", beta.RANDOM, 145, everywhere=True, clamp=1),
+    backward(8, "fp32", beta.RANDOM, 145, clamp=2),
+    backward(17, "bf16", beta.MODE, 190, clamp=2),
     backward(8, "fp32", beta.GIVEN, 168, everywhere=True),
     backward(17, "fp32", beta.GIVEN, 184),
     backward(8, "bf16", beta.GIVEN, 163),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import mpmath
@@ -10,15 +11,24 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from tensordict import TensorDict
 
-from fastprob import backend
+from fastprob import (
+    ProbabilisticTensorDictModule,
+    SafeProbabilisticModule,
+    backend,
+    set_interaction_type,
+)
 from fastprob.counter import CounterStream
 from fastprob.distributions.beta import Beta, recognize
 from fastprob.kernels import _math as m
 from fastprob.kernels import beta as kernels
+from fastprob.kernels import projection
 from fastprob.kernels._launch import State
+from fastprob.ops._fused import Bounds
 from fastprob.reference import beta as reference
-from fastprob.reference import philox
+from fastprob.reference import normal, philox
+from fastprob.specs import Bounded, Composite, projection_plan
 from tests.kernels.accuracy import DTYPES, SIZES, Errors
 
 SEED = 33
@@ -36,6 +46,15 @@ def parameters(shape, dtype, device, low=0.2, high=30.0):
 
 def pair(device, call=0):
     return torch.tensor([SEED, call], device=device)
+
+
+def clamps(a, dtype, device):
+    """Nothing, two numbers that fp16 has not, and bounds of each element in the dtype."""
+    # The interpreter does not round to the nearest number of bf16, but towards 0.
+    limits = (0.25, 0.75) if dtype is torch.bfloat16 else (0.3, 0.7)
+    low = torch.rand(a, device=device) * 0.6
+    high = low + torch.rand(a, device=device) * 0.4
+    return [Bounds(), Bounds(limits), Bounds(None, low.to(dtype), high.to(dtype))]
 
 
 def independent(a, b, ndims=1):
@@ -72,7 +91,7 @@ def test_draws_scores_and_entropies(dtype, device):
         one, zero = parameters((ROWS[a], a), dtype, device)
         for kind in KINDS:
             state = State(pair(device, call)) if kind == kernels.RANDOM else None
-            value, score, entropy = kernels.draw(
+            value, score, entropy, _ = kernels.draw(
                 one, zero, NONE, 1, kind=kind, state=state, entropy=True
             )
             assert value.dtype is score.dtype is entropy.dtype is dtype
@@ -92,6 +111,49 @@ def test_draws_scores_and_entropies(dtype, device):
             errors.add(f"score {a}", score, own[0], truth[0])
             errors.add(f"entropy {a}", entropy, own[1], truth[1])
     errors.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_clamp_is_that_of_the_value_alone(kind, dtype, device):
+    state = State(pair(device)) if kind == kernels.RANDOM else None
+    for a, samples in ((1, ()), (8, (2,)), (17, ()), (257, ())):
+        sample = torch.Size(samples)
+        one, zero = parameters((ROWS[a] // 2 + 1, a), dtype, device)
+        free = kernels.draw(one, zero, sample, 1, kind=kind, state=state, entropy=True)
+        for clamp in clamps(a, dtype, device)[1:]:
+            got = kernels.draw(
+                one, zero, sample, 1, kind=kind, state=state, entropy=True, clamp=clamp,
+                keep=True,
+            )  # fmt: skip
+            assert torch.equal(got[0], normal.clamped(free[0], *clamp))
+            for g, e in zip(got[1:], (free[1], free[2], free[0]), strict=True):
+                assert torch.equal(g, e)
+            alone = kernels.draw(
+                one, zero, sample, 1, kind=kind, state=state, score=False, clamp=clamp
+            )
+            assert torch.equal(alone[0], got[0]) and alone[3] is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_clamp_stops_the_gradient_of_the_value_alone(kind, dtype, device):
+    """Not that of the score. A value that rounds to a bound is not outside of it."""
+    for a in (1, 8, 17):
+        one, zero = parameters((ROWS[a], a), dtype, device, 1.2, 30.0)
+        state = State(pair(device)) if kind == kernels.RANDOM else None
+        drawn = kernels.draw(one, zero, NONE, 1, kind=kind, state=state)[0]
+        drawn.view(-1)[0] = clamps(a, dtype, device)[1].limits[0]
+        by_value = torch.randn_like(drawn)
+        by_score = torch.randn(ROWS[a], device=device).to(dtype)
+        arguments = by_score, None, one, zero, drawn, 1
+        for clamp in clamps(a, dtype, device)[1:]:
+            kept = normal.clamped(drawn, *clamp) == drawn
+            assert clamp.kind == 2 or kept.view(-1)[0]
+            got = kernels.draw_backward(by_value, *arguments, kind=kind, clamp=clamp)
+            expected = kernels.draw_backward(by_value * kept, *arguments, kind=kind)
+            for g, e in zip(got, expected, strict=True):
+                assert torch.equal(g, e)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -232,25 +294,26 @@ def test_gradients_of_draws(kind, device):
             point = reference.mean if kind == kernels.MEAN else reference.mode
             value = point(one, zero).expand(2, -1, -1)
         weights = torch.randn(value.shape, device=device), torch.randn(2, ROWS[a], device=device)
-        got = kernels.draw_backward(*weights, None, one, zero, value, 1, kind=kind)
-        results = []
-        for dtype in (torch.float32, torch.float64):
-            leaves = [t.to(dtype).requires_grad_() for t in (one, zero)]
-            if kind == kernels.RANDOM:
-                x = value.to(dtype)
-                wide = [leaf.expand(x.shape) for leaf in leaves]
-                total = (wide[0] + wide[1]).detach()
-                by_one = torch._dirichlet_grad(x, wide[0].detach(), total) * (1 - x)
-                by_zero = -torch._dirichlet_grad(1 - x, wide[1].detach(), total) * x
-                moved = by_one * (leaves[0] - leaves[0].detach())
-                x = x + moved + by_zero * (leaves[1] - leaves[1].detach())
-            else:
-                x = point(*leaves).expand(2, -1, -1)
-            score = reference.log_prob(*leaves, x, 1)
-            total = (x * weights[0]).sum() + (score * weights[1]).sum()
-            results.append(torch.autograd.grad(total, leaves))
-        for g, own, truth in zip(got, *results, strict=True):
-            errors.add(f"{a}", g, own, truth)
+        for clamp in clamps(a, torch.float32, device):
+            got = kernels.draw_backward(*weights, None, one, zero, value, 1, kind=kind, clamp=clamp)
+            results = []
+            for dtype in (torch.float32, torch.float64):
+                leaves = [t.to(dtype).requires_grad_() for t in (one, zero)]
+                if kind == kernels.RANDOM:
+                    x = value.to(dtype)
+                    wide = [leaf.expand(x.shape) for leaf in leaves]
+                    total = (wide[0] + wide[1]).detach()
+                    by_one = torch._dirichlet_grad(x, wide[0].detach(), total) * (1 - x)
+                    by_zero = -torch._dirichlet_grad(1 - x, wide[1].detach(), total) * x
+                    moved = by_one * (leaves[0] - leaves[0].detach())
+                    x = x + moved + by_zero * (leaves[1] - leaves[1].detach())
+                else:
+                    x = point(*leaves).expand(2, -1, -1)
+                score = reference.log_prob(*leaves, x, 1)
+                total = (normal.clamped(x, *clamp) * weights[0]).sum() + (score * weights[1]).sum()
+                results.append(torch.autograd.grad(total, leaves))
+            for g, own, truth in zip(got, *results, strict=True):
+                errors.add(f"{a}", g, own, truth)
     errors.check()
 
 
@@ -262,7 +325,7 @@ def test_ends(device):
         value = torch.full_like(one, end)
         got = kernels.score(one, zero, value, 0)[0]
         torch.testing.assert_close(got, reference.log_prob(one, zero, value, 0))
-    value, score, _ = kernels.draw(one, zero, NONE, 0, kind=kernels.MODE)
+    value, score = kernels.draw(one, zero, NONE, 0, kind=kernels.MODE)[:2]
     assert torch.equal(value, reference.mode(one, zero))
     torch.testing.assert_close(score, reference.log_prob(one, zero, value, 0))
 
@@ -272,13 +335,13 @@ def test_tiny_and_huge_concentrations(device):
     n = 2048
     for one, zero, share in ((1e-6, 1e-6, 0.5), (1e-30, 3e-30, 0.75), (1e-38, 1e-38, 0.5)):
         a, b = torch.full((n,), one, device=device), torch.full((n,), zero, device=device)
-        value, score, _ = kernels.draw(a, b, NONE, 0, state=State(pair(device, 5)))
+        value, score = kernels.draw(a, b, NONE, 0, state=State(pair(device, 5)))[:2]
         least, most = kernels.limits(torch.float32)
         at_end = (value == least) | (value == most)
         assert at_end.float().mean() > 0.999 and not score.isnan().any()
         assert abs(float((value == least).float().mean()) - share) < 5 * 0.5 / math.sqrt(n)
     a = torch.full((256,), 1e12, device=device)
-    value, score, _ = kernels.draw(a, a, NONE, 0, state=State(pair(device)))
+    value, score = kernels.draw(a, a, NONE, 0, state=State(pair(device)))[:2]
     assert (value - 0.5).abs().max() < 1e-5 and score.isfinite().all()
 
 
@@ -296,7 +359,8 @@ def test_nan_parameters_come_through(device):
     one = torch.tensor([[math.nan, 2.0], [0.5, 2.0]], device=device)
     zero = torch.ones_like(one)
     for a, b in ((one, zero), (zero, one)):
-        value, score, entropy = kernels.draw(a, b, NONE, 1, state=State(pair(device)), entropy=True)
+        state = State(pair(device))
+        value, score, entropy, _ = kernels.draw(a, b, NONE, 1, state=state, entropy=True)
         assert value.isnan().tolist() == [[True, False], [False, False]]
         assert score.isnan().tolist() == entropy.isnan().tolist() == [True, False]
 
@@ -314,7 +378,7 @@ def test_strided_and_expanded_parameters_are_read_where_they_lie(a, device):
             state = State(pair(device))
             got = kernels.draw(*given, torch.Size(sample), 1, state=state, entropy=True)
             expected = kernels.draw(*plain, torch.Size(sample), 1, state=state, entropy=True)
-            for g, e in zip(got, expected, strict=True):
+            for g, e in zip(got[:3], expected[:3], strict=True):
                 assert torch.equal(g, e)
         value = (turned / 2.0).expand(2, rows, a)
         got = kernels.score(*given, value, 1)[0]
@@ -324,7 +388,7 @@ def test_strided_and_expanded_parameters_are_read_where_they_lie(a, device):
 def test_event_dimensions_are_summed_together(device):
     one, zero = parameters((4, 2, 3), torch.float32, device)
     for ndims in range(4):
-        value, score, entropy = kernels.draw(
+        value, score, entropy, _ = kernels.draw(
             one, zero, torch.Size((2,)), ndims, state=State(pair(device)), entropy=True
         )
         truth = truths(one, zero, value, ndims)
@@ -360,30 +424,38 @@ def test_both_backends_draw_the_same(device):
 def test_operators(device):
     one, zero = (t.requires_grad_() for t in parameters((2, 3), torch.float32, device))
     value = torch.rand(2, 2, 3, device=device, requires_grad=True)
+    low = torch.tensor([0.1, 0.3, 0.5], device=device)
     draw, score = torch.ops.fastprob.beta_draw.default, torch.ops.fastprob.beta_score.default
     for back in ("triton", "reference"):
         with backend.using_backend(back):
-            torch.library.opcheck(draw, (one, zero, pair(device), [2], 1, 0, True, True))
+            for clamp in (Bounds(), Bounds([0.25, 0.5]), Bounds(None, low, low + 0.25)):
+                torch.library.opcheck(
+                    draw, (one, zero, pair(device), [2], 1, 0, True, True, *clamp)
+                )
             torch.library.opcheck(score, (one, zero, value, 1, True))
     with backend.using_backend("reference"):
-        torch.library.opcheck(draw, (one, zero, None, [], 1, kernels.MEAN, True, True))
+        point = kernels.MEAN
+        torch.library.opcheck(draw, (one, zero, None, [], 1, point, True, True, *Bounds()))
 
 
 def test_operators_of_both_backends_agree(device):
     given = parameters((4, 6), torch.float32, device, 1.1, 20.0)
     x = torch.rand(3, 4, 6, device=device) * 0.9 + 0.05
+    low = torch.linspace(0.1, 0.6, 6, device=device)
+    clamps = (Bounds(), Bounds([0.25, 0.5]), Bounds(None, low, low + 0.25))
     made = {}
     for back in ("triton", "reference"):
         with backend.using_backend(back):
             made[back] = []
-            for kind in KINDS:
+            for kind, clamp in itertools.product(KINDS, clamps):
                 for pathwise in (True, False):
                     leaves = [t.clone().requires_grad_() for t in (*given, x)]
                     one, zero, value = leaves
                     state = pair(device) if kind == kernels.RANDOM else None
+                    # The third is for the backward pass.
                     out = torch.ops.fastprob.beta_draw(
-                        one, zero, state, [3], 1, kind, True, pathwise
-                    )
+                        one, zero, state, [3], 1, kind, True, pathwise, *clamp
+                    )[:2]
                     out += torch.ops.fastprob.beta_score(one, zero, value, 1, True)
                     total = sum(o.square().sum() for o in out)
                     made[back] += [*out, *torch.autograd.grad(total, leaves)]
@@ -479,6 +551,98 @@ def test_a_value_without_gradient_is_a_constant(device):
     assert value.requires_grad
     pathwise = torch.autograd.grad(score.sum(), leaves)
     assert not torch.allclose(pathwise[0], got[0])
+
+
+KEYS = ["concentration1", "concentration0"]
+SPECS = {
+    "numbers": Bounded(low=0.3, high=0.7, shape=(4,)),
+    "tensors": Bounded(low=torch.linspace(0.1, 0.4, 4), high=torch.linspace(0.5, 0.8, 4)),
+}
+
+
+def head_of(concentration1, concentration0):
+    return independent(concentration1, concentration0)
+
+
+def head(spec=None, **kwargs):
+    kwargs = {
+        "in_keys": KEYS, "out_keys": ["action"], "distribution_class": head_of,
+        "return_log_prob": True, **kwargs,
+    }  # fmt: skip
+    if spec is None:
+        return ProbabilisticTensorDictModule(**kwargs)
+    return SafeProbabilisticModule(spec=spec, safe=True, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["random", "mode", "mean", "deterministic"])
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_safe_call_is_one_launch(kind, spec, gradient, device, monkeypatch):
+    launches = []
+    for module, name in ((kernels, "draw"), (kernels, "score"), (projection, "elements")):
+        original = getattr(module, name)
+
+        def call(*args, name=name, original=original, **kwargs):
+            launches.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+    spec = SPECS[spec].to(device)
+    given = parameters((5, 4), torch.float32, device, 1.2, 20.0)
+    results = []
+    with set_interaction_type(kind):
+        for module in (head(spec), head()):
+            launches.clear()
+            leaves = [t.clone().requires_grad_(gradient) for t in given]
+            torch.manual_seed(3)
+            out = module(TensorDict(dict(zip(KEYS, leaves, strict=True)), batch_size=[5]))
+            assert launches == ["draw"]
+            results.append((out["action"], out["sample_log_prob"], leaves))
+    (action, score, leaves), (free, expected, others) = results
+    projected = spec.project(free)
+    assert torch.equal(action, projected) and not torch.equal(action, free)
+    # The score is that of the value before the projection.
+    assert torch.equal(score, expected)
+    if gradient:
+        weights = torch.randn_like(action)
+        got = torch.autograd.grad((action * weights).sum() + score.sum(), leaves)
+        wanted = torch.autograd.grad((projected * weights).sum() + expected.sum(), others)
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_safe_median_is_projected(device):
+    given = parameters((5, 4), torch.float32, device, 1.2, 20.0)
+    td = TensorDict(dict(zip(KEYS, given, strict=True)), batch_size=[5])
+    with set_interaction_type("median"):
+        got, free = head(SPECS["numbers"].to(device))(td.clone()), head()(td)
+    assert torch.equal(got["action"], free["action"].clamp(0.3, 0.7))
+    assert torch.equal(got["sample_log_prob"], free["sample_log_prob"])
+
+
+def test_a_spec_from_0_to_1_needs_no_clamp(device):
+    dist = independent(*parameters((5, 4), torch.float32, device))
+    for low, high, carried in ((0.0, 1.0, False), (0.1, 1.0, True)):
+        plan = dict(projection_plan(Composite(x=Bounded(low=low, high=high, shape=(4,)))))
+        assert dist.carry(plan["x"]) is carried
+
+
+def test_safe_calls_compile(device):
+    module = head(SPECS["tensors"].to(device))
+    given = parameters((5, 4), torch.float32, device, 1.2, 20.0)
+
+    def call(*leaves):
+        td = module(TensorDict(dict(zip(KEYS, leaves, strict=True)), batch_size=[5]))
+        return td["action"], td["sample_log_prob"]
+
+    results = []
+    for function in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(2)
+        leaves = [t.clone().requires_grad_() for t in given]
+        with set_interaction_type("random"):
+            out = function(*leaves)
+        results += [[*out, *torch.autograd.grad(sum(o.sum() for o in out), leaves)]]
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
