@@ -18,6 +18,7 @@ FILES = {
     "rng": "base",
     "lowering": "base",
     "native": "base",
+    "native_normal": "base",
     "backend": "base",
     "counter": "base",
     "interaction": "distributions",

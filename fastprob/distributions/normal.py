@@ -83,9 +83,14 @@ class _NormalBase(Fused):
         return ops.entropy(self.scale, self._ndims, self._memo())
 
     def _memo(self) -> dict[str, Any] | None:
-        """What scores of this scale share; None where nothing is worth keeping."""
+        """What scores of this scale share; None where nothing is worth keeping.
+
+        In a graph, only for a distribution that a module has made in the same graph.
+        """
+        if torch.compiler.is_compiling():
+            return self._traced
         scale = self.scale
-        if not scale.requires_grad or torch.compiler.is_compiling() or scale.is_inference():
+        if not scale.requires_grad or scale.is_inference():
             return None
         memo = self.__dict__.get("_shared")
         if memo is None or memo["of"] is not scale:

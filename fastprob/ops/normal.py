@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from fastprob import backend
+from fastprob import backend, lowering
 from fastprob.ops import _random
 from fastprob.ops._autograd import over_event, sum_to, wants_function
 from fastprob.ops._fused import (
@@ -36,8 +37,12 @@ from fastprob.ops._fused import (
 )
 from fastprob.ops._register import lead, nothing, register
 from fastprob.reference import normal as reference
+from fastprob.reference._reduce import functorch_level
 
+# A graph guards every name that it was traced through, and twice the modules that others name too.
 _grad_enabled = torch.is_grad_enabled
+_is_compiling = torch.compiler.is_compiling
+_fp32 = torch.float32
 
 __all__ = [
     "bounds_of",
@@ -157,7 +162,35 @@ def log_prob(
         return _score_and_entropy(loc, scale, value, ndims, memo)
     if wants_function(loc, scale, value):
         return _LogProb.apply(loc, scale, value, ndims, _log_scale(scale, memo))
+    if _is_compiling() and _lowered(loc, scale, value, ndims):
+        if memo is None or not scale.requires_grad or not _grad_enabled():
+            return _score_in_graph(loc, scale, value, ndims, False)[0]
+        scores, entropies = _score_in_graph(loc, scale, value, ndims, True)
+        memo["entropy"] = scale, entropies
+        return scores
     return reference.log_prob(loc, scale, value, ndims)
+
+
+def _lowered(loc: Tensor, scale: Tensor, value: Tensor, ndims: int) -> bool:
+    """Whether a graph that is compiled holds the score as an operator; see `lowering`."""
+    return (
+        ndims > 0
+        and loc.is_cpu
+        and loc.dtype is scale.dtype is value.dtype is _fp32
+        and loc.shape == scale.shape == value.shape
+        and not backend.is_exporting()
+        and _outside_transforms()
+    )
+
+
+def _outside_transforms() -> bool:
+    """Whether no functorch transform and no forward mode is traced, which the operator lacks."""
+    return functorch_level() is None and forward_ad._current_level < 0
+
+
+# What `torch.compiler.assume_constant_result` does, which imports all of dynamo: it is evaluated
+# when a graph is made, and dynamo guards the transforms itself.
+_outside_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def entropy(scale: Tensor, ndims: int, memo: dict[str, Any] | None = None) -> Tensor:
@@ -169,6 +202,12 @@ def entropy(scale: Tensor, ndims: int, memo: dict[str, Any] | None = None) -> Te
         made = score_given(scale, scale, None, ndims, entropy=True)[1]
         assert made is not None
         return made
+    if memo is not None and _is_compiling() and _grad_enabled():
+        # A score of the same graph has made it, and both are differentiated in one pass. Whoever
+        # writes to a scale between the two breaks the gradients of the first anyway.
+        found = memo.get("entropy")
+        if found is not None and found[0] is scale:
+            return found[1]
     if wants_function(scale):
         return _Entropy.apply(scale, ndims, _log_scale(scale, memo))
     return reference.entropy(scale, ndims)
@@ -316,6 +355,8 @@ def _score_and_entropy(loc, scale, value, ndims, memo) -> Any:
     One node of the graph serves both, so that both are differentiated in one backward pass or not
     at all, as it is with parameters that a network has made.
     """
+    if value is None:
+        given("Normal", loc, scale, value)
     if memo is None or not torch.is_grad_enabled() or scale.is_leaf:
         return score_given(loc, scale, value, ndims)[0]
     made, entropies = score_given(loc, scale, value, ndims, entropy=True)
@@ -418,6 +459,9 @@ def _score_op(loc, scale, value, ndims, entropy):
 
 
 def _score_fake(loc, scale, value, ndims, entropy):
+    lowering.offer_score(
+        torch.ops.fastprob.normal_score.default, torch.ops.fastprob.normal_score_backward.default
+    )
     batch = loc.shape[: loc.dim() - ndims]
     return (
         nothing(loc)
@@ -439,6 +483,12 @@ def _score_setup(ctx, inputs, output):
 
 def _score_gradient(ctx, grad_score, grad_entropy):
     loc, scale, value = ctx.saved_tensors
+    if torch.is_grad_enabled() and not backend.serves(loc):
+        # A second derivative follows, which the formula has.
+        made = reference.score_backward(
+            grad_score, grad_entropy, loc, scale, value, ctx.ndims, ctx.needs_input_grad[2]
+        )
+        return *made, None, None
     *made, grad_value = torch.ops.fastprob.normal_score_backward(
         grad_score if value is not None else None, grad_entropy if ctx.entropy else None,
         loc, scale, value, ctx.ndims, ctx.needs_input_grad[2],
@@ -524,3 +574,5 @@ register(
     backward=_score_gradient,
     vmap=_score_vmap,
 )
+
+_score_in_graph = torch.ops.fastprob.normal_score.default
