@@ -25,6 +25,7 @@ from fastprob.distributions._base import RANDOM
 from fastprob.interaction import current_type
 from fastprob.io import skips_existing
 from fastprob.keys import aggregate_mode
+from fastprob.ops.projection import Clamp
 from fastprob.reference._chunks import PIECE
 from fastprob.reference._reduce import WIDEST, functorch_level, kept_vectors, vectors
 from fastprob.reference.normal import HALF_LOG_2PI
@@ -46,9 +47,17 @@ class Straight:
         sample: key of the value.
         score: key of the log-probability.
         squashed: whether it is a TanhNormal, which is straight in graphs alone.
+        projects: whether the value is projected.
+        width: where that is a clamp to two numbers, the size of the event that its spec has; else
+            None.
+        low: the lower one.
+        high: the upper one.
+        dtype: type of the values that are clamped without a conversion.
     """
 
-    __slots__ = ("loc", "sample", "scale", "score", "squashed")
+    __slots__ = (
+        "dtype", "high", "loc", "low", "projects", "sample", "scale", "score", "squashed", "width",
+    )  # fmt: skip
 
     @classmethod
     def of(cls, module: Any) -> Straight | None:
@@ -68,8 +77,29 @@ class Straight:
         self.loc, self.scale = named["loc"], named["scale"]
         self.sample, self.score = module._out_keys[0], module._lp.only
         self.squashed = module._build is TanhNormal
+        self._settle_projection(module)
         keys = (self.loc, self.scale, self.sample, self.score)
         return self if all(type(k) is str for k in keys) else None
+
+    def _settle_projection(self, module: Any) -> None:
+        """Takes the numbers of a clamp out of the module, for a graph to guard less.
+
+        The way through the module and its spec is 60 guards, which a call checks one by one: with
+        the numbers here it checks them in 1.5 us in place of 10 of 37 at 16 x 8.
+        """
+        self.projects = module._projections is not None
+        self.low = self.high = self.width = self.dtype = None
+        found = (module._projections or {}).get(self.sample)
+        if type(found) is not Clamp or type(module)._project.__module__ != "fastprob.safe":
+            return
+        spec = tuple(module._spec[self.sample].shape)
+        if len(spec) == 1 and spec[0] > 1:
+            self.low, self.high, self.width, self.dtype = (
+                found.low,
+                found.high,
+                spec[0],
+                found.dtype,
+            )
 
     def run(self, module: Any, tensordict: Any) -> bool:
         """Makes the call, if it is one of those. Not for calls that are being compiled.
@@ -183,7 +213,9 @@ class Straight:
             value = torch.addcmul(loc, noise, scale)
             energy = torch.addcmul(torch.log(scale), noise, noise, value=0.5)
             score = energy.sum(-1).mul(-1).add(-HALF_LOG_2PI * shape[-1])
-        if module._projections is not None:
+        if self.width is not None and self.width == shape[-1] and loc.dtype is self.dtype:
+            value = torch.clamp(value, self.low, self.high)
+        elif self.projects:
             ((_, value),) = module._project([(self.sample, value)])
         entries[self.sample] = value
         entries[self.score] = score

@@ -7,6 +7,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import set_composite_lp_aggregate, set_skip_existing
 from torch import distributions as D
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
 from fastprob import (
     InteractionType,
@@ -16,7 +17,7 @@ from fastprob import (
 )
 from fastprob.direct import Straight
 from fastprob.distributions import IndependentNormal, TanhNormal
-from fastprob.specs import Bounded
+from fastprob.specs import Bounded, Unbounded
 
 ARGS = {
     "in_keys": ["loc", "scale"],
@@ -166,6 +167,73 @@ def test_graph_steps_aside(traces, change):
     assert traces == [False]
     assert torch.equal(found["action"], expected["action"])
     assert torch.allclose(found["sample_log_prob"], expected["sample_log_prob"])
+
+
+SPECS = {
+    "numbers": lambda: Bounded(-0.5, 0.5, shape=(3,)),
+    "each": lambda: Bounded(torch.tensor([-0.5, -0.1, 0.0]), torch.ones(3), shape=(3,)),
+    "one for all": lambda: Bounded(-0.5, 0.5, shape=(1,)),
+    "two dimensions": lambda: Bounded(-0.5, 0.5, shape=(5, 3)),
+    "double": lambda: Bounded(-0.5, 0.5, shape=(3,), dtype=torch.float64),
+    "none": lambda: Unbounded(shape=(3,)),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_graph_projects_onto_every_spec(traces, spec, dtype):
+    module = SafeProbabilisticModule(**ARGS, spec=SPECS[spec](), safe=True)
+    td = params(dtype=dtype)
+    torch.manual_seed(3)
+    expected = module(td.copy())
+    found = compiled(module, td.copy())
+    assert traces == [True]
+    assert found["action"].dtype is expected["action"].dtype
+    assert torch.equal(found["action"], expected["action"])
+    assert torch.allclose(found["sample_log_prob"], expected["sample_log_prob"])
+
+
+def test_graph_says_which_spec_a_value_does_not_fit(traces):
+    module = SafeProbabilisticModule(**ARGS, spec=Bounded(-0.5, 0.5, shape=(4,)), safe=True)
+    with pytest.raises(ValueError, match="does not fit its spec") as eager:
+        module(params())
+    with pytest.raises(Exception, match="does not fit its spec") as graph:
+        compiled(module, params())
+    assert str(eager.value) in str(graph.value)
+
+
+def test_graph_of_another_spec_is_made_anew(traces):
+    module = SafeProbabilisticModule(**ARGS, spec=Bounded(-0.5, 0.5, shape=(3,)), safe=True)
+    call = torch.compile(module, backend="aot_eager", fullgraph=True)
+    td = TensorDict(loc=torch.full((5, 3), 4.0), scale=torch.full((5, 3), 0.1), batch_size=[5])
+    with torch.no_grad():
+        assert (call(td.copy())["action"] == 0.5).all()
+        module.spec = Bounded(-0.5, 0.25, shape=(3,))
+        assert (call(td.copy())["action"] == 0.25).all()
+    assert traces == [True, True]
+
+
+def test_an_overridden_projection_is_seen(traces):
+    class Doubled(SafeProbabilisticModule):
+        def _project(self, items, kind=None):
+            return [(k, v * 0 + 7) for k, v in items]
+
+    module = Doubled(**ARGS, spec=Bounded(-0.5, 0.5, shape=(3,)), safe=True)
+    assert (compiled(module, params())["action"] == 7).all()
+
+
+def test_a_projection_to_numbers_costs_few_guards():
+    counts = []
+    for safe in (False, True):
+        spec = {"spec": Bounded(-0.5, 0.5, shape=(3,)), "safe": True} if safe else {}
+        kind = SafeProbabilisticModule if safe else ProbabilisticTensorDictModule
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(kind(**ARGS, **spec), backend="eager", fullgraph=True)(params())
+        (entry,) = _debug_get_cache_entry_list(kind.forward.__code__)
+        counts.append(str(entry.guard_manager).count("+- "))
+    # Three numbers, one type, torch.clamp, each with its accessor.
+    assert counts[1] <= counts[0] + 12
 
 
 def test_graph_of_a_changed_module_is_made_anew(traces):
