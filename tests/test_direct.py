@@ -17,7 +17,7 @@ from fastprob import (
 )
 from fastprob.direct import Straight
 from fastprob.distributions import IndependentNormal, TanhNormal
-from fastprob.specs import Bounded, Unbounded
+from fastprob.specs import Bounded, Composite, Unbounded
 
 ARGS = {
     "in_keys": ["loc", "scale"],
@@ -208,7 +208,7 @@ def test_graph_of_another_spec_is_made_anew(traces):
     td = TensorDict(loc=torch.full((5, 3), 4.0), scale=torch.full((5, 3), 0.1), batch_size=[5])
     with torch.no_grad():
         assert (call(td.copy())["action"] == 0.5).all()
-        module.spec = Bounded(-0.5, 0.25, shape=(3,))
+        module.spec = Composite(action=Bounded(-0.5, 0.25, shape=(3,)))
         assert (call(td.copy())["action"] == 0.25).all()
     assert traces == [True, True]
 
