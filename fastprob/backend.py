@@ -89,7 +89,7 @@ def _refusal(x: Tensor) -> str | None:
     """Why the kernels cannot serve a tensor; None where they can."""
     if _MISSING is not None:
         return _MISSING
-    if x.dtype not in DTYPES and x.dtype.is_floating_point:
+    if x.dtype not in DTYPES and (x.dtype.is_floating_point or x.dtype.is_complex):
         return f"they compute in fp32, and the parameters are {x.dtype}"
     if x.is_cuda:
         return None

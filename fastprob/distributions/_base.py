@@ -9,6 +9,7 @@ from tensordict.nn import InteractionType
 from torch import Tensor
 from torch import distributions as D
 
+from fastprob import rng
 from fastprob.reference._reduce import plain_tensors_only
 
 RANDOM: InteractionType = InteractionType.RANDOM  # type: ignore[assignment]
@@ -124,6 +125,7 @@ class Fused(D.Distribution):
         Returns:
             value `[*sample, *batch, *event]` and log-probability `[*sample, *batch]`.
         """
+        check_generator(generator)
         value, log_prob = self._draw(torch.Size(sample_shape or ()), generator, True, True)
         assert log_prob is not None
         return value, log_prob
@@ -140,6 +142,7 @@ class Fused(D.Distribution):
         Returns:
             value `[*sample, *batch, *event]` and log-probability `[*sample, *batch]`.
         """
+        check_generator(generator)
         value, log_prob = self._draw(torch.Size(sample_shape or ()), generator, True, False)
         assert log_prob is not None
         return value, log_prob
@@ -177,7 +180,9 @@ class Fused(D.Distribution):
 
         Under `torch.vmap` a look at the values is an error, so nothing is checked there.
         """
-        return bool(self._validate_args) and like.is_cpu and plain_tensors_only()
+        # What is no tensor is for torch's own check to refuse.
+        checked = bool(self._validate_args) and getattr(like, "is_cpu", True)
+        return checked and plain_tensors_only()
 
 
 def reject(name: str, argument: str, value: Tensor, wanted: str, bad: Tensor) -> ValueError:
@@ -196,6 +201,19 @@ def reject(name: str, argument: str, value: Tensor, wanted: str, bad: Tensor) ->
         f"{name} expects {argument} to be {wanted}, but {count} of {value.numel()} elements of the "
         f"{argument} of shape {tuple(value.shape)} are not: the first is {value[first].item()} at "
         f"index {first}"
+    )
+
+
+def check_generator(generator: Any) -> None:
+    """Raises if a draw is given anything else than a generator or None.
+
+    Raises:
+        TypeError: naming what was given.
+    """
+    if generator is None or isinstance(generator, torch.Generator) or rng.counted(generator):
+        return
+    raise TypeError(
+        f"argument 'generator' must be a torch.Generator or a CounterStream, got {generator!r}"
     )
 
 

@@ -13,6 +13,7 @@ from torch.distributions import constraints
 from fastprob import backend, rng
 from fastprob.distributions._base import EMPTY, MEAN, Fused, check_real, reject
 from fastprob.ops import bernoulli as ops
+from fastprob.ops._fused import given
 
 
 class _BernoulliBase(Fused):
@@ -73,15 +74,19 @@ class _BernoulliBase(Fused):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of zeros and ones, `[*sample, *batch]`."""
         # torch fails to reshape an empty value for its check of an event.
-        if self._checks(value) and value.numel():
+        if self._checks(value) and not (isinstance(value, Tensor) and not value.numel()):
             self._validate_sample(value)
         if backend.serves(self._given):
             memo = self._memo()
             return ops.score_and_entropy(self._given, self._from_probs, value, self._ndims, memo)
         logits = self.logits
-        if value.dtype is not logits.dtype:
-            value = value.to(logits.dtype)
-        return ops.log_prob(logits, value, self._ndims)
+        try:
+            if value.dtype is not logits.dtype:
+                value = value.to(logits.dtype)
+            return ops.log_prob(logits, value, self._ndims)
+        except (RuntimeError, AttributeError):
+            given("Bernoulli", logits, logits, value)
+            raise
 
     def entropy(self) -> Tensor:
         """Entropy in nats, `[*batch]`."""

@@ -20,6 +20,7 @@ from fastprob.distributions._base import (
     check_positive,
 )
 from fastprob.ops import beta as ops
+from fastprob.ops._fused import given
 
 
 class _BetaBase(Fused):
@@ -88,12 +89,16 @@ class _BetaBase(Fused):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of `value`, `[*sample, *batch]`."""
         # torch fails to reshape an empty value for its check of an event.
-        if self._checks(value) and value.numel():
+        if self._checks(value) and not (isinstance(value, Tensor) and not value.numel()):
             self._validate_sample(value)
         a, b = self.concentration1, self.concentration0
         if backend.serves(a):
             return ops.score_and_entropy(a, b, value, self._ndims, self._memo())
-        return ops.log_prob(a, b, value, self._ndims)
+        try:
+            return ops.log_prob(a, b, value, self._ndims)
+        except (RuntimeError, AttributeError):
+            given("Beta", a, b, value)
+            raise
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, `[*batch]`."""
@@ -182,6 +187,7 @@ class Beta(_BetaBase, D.Beta):
             or not isinstance(b, Tensor)
             or a.shape != b.shape
             or a.dtype is not b.dtype
+            or not ((a.is_cpu and b.is_cpu) or a.device == b.device)
         ):
             a, b = broadcast("Beta", concentration1=a, concentration0=b)
         self.concentration1 = a

@@ -293,7 +293,11 @@ class Categorical(_CategoricalBase, D.Categorical):
             self._validate_sample(value)
         if backend.serves(self._given):
             return self._score_kernel(value, False)
-        return ops.pick(self._scores, value)
+        try:
+            return ops.pick(self._scores, value)
+        except (RuntimeError, AttributeError):
+            ops.fitting(self._given, None, value, False)
+            raise
 
 
 class OneHotCategorical(_CategoricalBase, D.Categorical):
@@ -390,7 +394,14 @@ class OneHotCategorical(_CategoricalBase, D.Categorical):
             )
         if backend.serves(self._given):
             return self._score_kernel(value, True)
-        return ops.pick(self._scores, value.argmax(-1))
+        if value.dtype is torch.bool:
+            # torch finds no largest element of these.
+            value = value.byte()
+        try:
+            return ops.pick(self._scores, value.argmax(-1))
+        except (RuntimeError, AttributeError):
+            ops.fitting(self._given, None, value, True)
+            raise
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """All one-hot vectors, `[K, *batch, K]`."""

@@ -229,7 +229,15 @@ class _MaskedBase(_CategoricalBase):
     def _log_prob(self, value: Tensor, hot: bool) -> Tensor:
         if self._indices is None and self._served():
             return self._score_kernel(value, hot, self.neg_inf)
-        result = self._score_action(value.argmax(-1) if hot else value)
+        if hot and value.dtype is torch.bool:
+            # torch finds no largest element of these.
+            value = value.byte()
+        try:
+            result = self._score_action(value.argmax(-1) if hot else value)
+        except (RuntimeError, AttributeError):
+            if self._indices is None:
+                categorical_ops.fitting(self._given, None, value, hot)
+            raise
         return torch.where(result == -math.inf, self.neg_inf, result)
 
     def _at_action(self, interaction: InteractionType, score: bool):

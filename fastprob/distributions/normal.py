@@ -21,6 +21,7 @@ from fastprob.distributions._base import (
 )
 from fastprob.ops import extractor
 from fastprob.ops import normal as ops
+from fastprob.ops._fused import given
 from fastprob.ops.extractor import Mapping
 from fastprob.reference._chunks import rows_per_piece
 
@@ -76,7 +77,11 @@ class _NormalBase(Fused):
         """Log-density of `value`, `[*sample, *batch]`."""
         if self._checks(value):
             self._validate_sample(value)
-        return ops.log_prob(self.loc, self.scale, value, self._ndims, self._memo())
+        try:
+            return ops.log_prob(self.loc, self.scale, value, self._ndims, self._memo())
+        except (RuntimeError, AttributeError):
+            given("Normal", self.loc, self.scale, value)
+            raise
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, `[*batch]`."""

@@ -26,6 +26,7 @@ from fastprob.distributions.normal import IndependentNormal, Normal, as_scale
 from fastprob.ops import extractor
 from fastprob.ops import normal as normal_ops
 from fastprob.ops import tanh_normal as ops
+from fastprob.ops._fused import given
 from fastprob.ops.extractor import Mapping
 from fastprob.ops.tanh_normal import Bounds
 from fastprob.reference import tanh_normal as reference
@@ -188,7 +189,13 @@ class TanhNormal(Fused):
             bounds = ops.served_bounds(self._bounds, loc, self._ndims)
             if bounds is not None:
                 return ops.score_given(loc, self.scale, value, bounds, self._ndims)
-        return ops.log_prob(loc, self.scale, value, self._bounds, self._ndims)
+        try:
+            return ops.log_prob(loc, self.scale, value, self._bounds, self._ndims)
+        except (RuntimeError, AttributeError, KeyError):
+            given("TanhNormal", loc, self.scale, value)
+            if value.is_floating_point():
+                raise
+            return self.log_prob(value.to(loc.dtype))
 
     @property
     def low(self) -> Tensor:

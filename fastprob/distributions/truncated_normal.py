@@ -22,6 +22,7 @@ from fastprob.distributions._base import (
 )
 from fastprob.distributions.normal import as_scale
 from fastprob.ops import truncated_normal as ops
+from fastprob.ops._fused import given
 from fastprob.reference.truncated_normal import FAR
 
 # TorchRL draws from the quantiles between these two.
@@ -189,7 +190,11 @@ class TruncatedNormal(Fused):
         args = self._args()
         if ops.served(*args):
             return ops.score_and_entropy(*args, value, self._ndims, self._memo())
-        return ops.log_prob(*args, value, self._ndims)
+        try:
+            return ops.log_prob(*args, value, self._ndims)
+        except (RuntimeError, AttributeError):
+            given("TruncatedNormal", args[0], args[1], value)
+            raise
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, `[*batch]`."""

@@ -92,7 +92,9 @@ def wanted(made: Tensor | None, like: Tensor) -> Tensor:
     return nothing(like) if made is None else made
 
 
-def given(name: str, first: Tensor, second: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def given(
+    name: str, first: Tensor, second: Tensor, value: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Parameters and a value whose trailing dimensions are those of the parameters.
 
     Args:
@@ -105,8 +107,12 @@ def given(name: str, first: Tensor, second: Tensor, value: Tensor) -> tuple[Tens
         the three, expanded where they broadcast.
 
     Raises:
+        TypeError: if the value is no tensor, or one of complex numbers.
         ValueError: if the value is on another device, or does not broadcast.
     """
+    if not isinstance(value, Tensor) or value.dtype.is_complex:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} scores tensors of real numbers, got {kind}")
     if value.device != first.device:
         raise ValueError(
             f"{name} has parameters on {first.device} and was given a value on {value.device}; "

@@ -184,6 +184,8 @@ def score_and_entropy(
         ndims: likewise.
         memo: where the entropy is kept for `entropy_given`; None where it is not wanted.
     """
+    if value is None:
+        fitting("Bernoulli", given, given, value)
     made, entropies = score_given(given, from_probs, value, ndims, entropy=memo is not None)
     assert made is not None
     if memo is not None:

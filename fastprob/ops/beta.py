@@ -285,6 +285,8 @@ def score_and_entropy(
         ndims: likewise.
         memo: where the entropy is kept for `entropy_given`; None where it is not wanted.
     """
+    if value is None:
+        given("Beta", a, b, value)
     made, entropies = score_given(a, b, value, ndims, entropy=memo is not None)
     assert made is not None
     # A value of more batch dimensions broadcasts the parameters, and the entropy with them.

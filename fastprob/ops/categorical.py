@@ -121,7 +121,15 @@ def draw(
         index int64 `[*shape, *batch]`; value `[*shape, *batch, K]`, or `[*shape, *batch]` for
         MEAN_INDEX; log-probability `[*shape, *batch]`; entropy `[*batch]`. None for what was not
         wanted.
+
+    Raises:
+        IndexError: if there are no categories.
     """
+    if not given.shape[-1] and kind != MEAN:
+        raise IndexError(
+            f"Categorical has no category to choose from in parameters of shape "
+            f"{tuple(given.shape)}"
+        )
     random = kind == RANDOM
     if not plain_eager():
         state = _random.device_pair(given, generator) if random and generator is not None else None
@@ -174,7 +182,7 @@ def score_given(
         ValueError: if the value is on another device, or of a shape that does not broadcast.
     """
     if value is not None:
-        given, mask, value = _fitting(given, mask, value, hot)
+        given, mask, value = fitting(given, mask, value, hot)
     if not plain_eager():
         scores, entropies, _ = torch.ops.fastprob.categorical_score(
             given, mask, value, from_probs, hot, neg_inf, entropy
@@ -208,6 +216,8 @@ def score_and_entropy(
         hot: likewise.
         neg_inf: likewise.
     """
+    if value is None:
+        fitting(given, mask, value, hot)
     made, entropies = score_given(
         given, mask, value, from_probs=from_probs, hot=hot, neg_inf=neg_inf,
         entropy=memo is not None,
@@ -231,12 +241,16 @@ def entropy_given(
     return made
 
 
-def _fitting(given, mask, value, hot) -> tuple[Tensor, Tensor | None, Tensor]:
+def fitting(given, mask, value, hot) -> tuple[Tensor, Tensor | None, Tensor]:
     """What is given and a value whose trailing dimensions are those of it, expanded where needed.
 
     Raises:
-        ValueError: if the value is on another device, or does not broadcast.
+        TypeError: if the value is no tensor, or one of complex numbers.
+        ValueError: if it is on another device, or does not broadcast.
     """
+    if not isinstance(value, Tensor) or value.dtype.is_complex:
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"Categorical scores tensors of real numbers, got {kind}")
     if value.device != given.device:
         raise ValueError(
             f"Categorical has parameters on {given.device} and was given a value on "

@@ -476,6 +476,8 @@ def score_and_entropy(
         ndims: likewise.
         memo: where the entropy is kept for `entropy_given`; None where it is not wanted.
     """
+    if value is None:
+        given("TruncatedNormal", loc, scale, value)
     made, entropies = score_given(loc, scale, low, high, value, ndims, entropy=memo is not None)
     assert made is not None
     # A value of more batch dimensions broadcasts the parameters, and the entropy with them.

@@ -44,7 +44,13 @@ def score_noise(
         energy = torch.addcmul(log_scale, noise, noise, value=0.5)
         return affine_sum(energy, ndims, -HALF_LOG_2PI, -1)
     energy = torch.log(scale)
-    if not plain_tensors_only() or energy.requires_grad or energy.shape != noise.shape:
+    if (
+        not plain_tensors_only()
+        or energy.requires_grad
+        or energy.shape != noise.shape
+        # A value may be of a wider type.
+        or energy.dtype is not noise.dtype
+    ):
         energy = torch.addcmul(energy, noise, noise, value=0.5)
         return affine_sum(energy, ndims, -HALF_LOG_2PI, -1)
     # One buffer fewer: 26.7 -> 24.3 us at 4096 x 8, with the logarithm.

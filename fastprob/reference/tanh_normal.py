@@ -111,7 +111,8 @@ def score(
     u = half_softplus(x)
     energy = torch.log(scale)
     plain = plain_tensors_only()
-    if not plain or u.requires_grad or energy.requires_grad:
+    # A value may be of a wider type than the scale.
+    if not plain or u.requires_grad or energy.requires_grad or energy.dtype is not u.dtype:
         energy = torch.addcmul(energy, noise, noise, value=0.5) - 2.0 * (x - 2.0 * u)
     else:
         if energy.shape == noise.shape:

@@ -137,25 +137,128 @@ def test_a_parameter_of_another_type(name, launches):
 @pytest.mark.parametrize("name", RANDOM)
 def test_a_generator_that_is_none(name, device, launches):
     dist = FAMILIES[name].build(*(p.to(device) for p in parameters(FAMILIES[name])))
-    raised = errors(lambda: draw(dist, generator="x"))
-    assert {type(e) for e in raised.values()} == {TypeError}
-    assert "generator" in str(raised["triton"])
+    for wrong in ("x", 1.5, torch.zeros(2)):
+        error = same(lambda wrong=wrong: draw(dist, generator=wrong), launches)
+        assert isinstance(error, TypeError)
+        assert str(error).endswith(f"a torch.Generator or a CounterStream, got {wrong!r}")
+
+
+@pytest.fixture(params=[False, True], ids=["unchecked", "checked"])
+def validated(request, monkeypatch):
+    """torch's switch for checks, whose own words both backends hand on."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", request.param)
+    return request.param
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """The switch as TorchRL sets it."""
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_value_that_does_not_fit(name, device, launches, validated):
+    """Both backends name it, and what it was scored by."""
+    family = FAMILIES[name]
+    dist = family.build(*(p.to(device) for p in parameters(family)))
+    shapes = [(5,), (2, 5), (0,)] if family.index else [(5, 3), (4, 2), (2, 4, 2), (0, 3)]
+    for shape in shapes:
+        value = torch.zeros(shape, device=device)
+        error = same(lambda value=value: dist.log_prob(value), launches)
+        assert isinstance(error, ValueError)
+        assert str(list(shape)) in str(error) or str(shape) in str(error)
+    with pytest.raises(ValueError, match="was given a value on meta"):
+        dist.log_prob(torch.zeros((4,) if family.index else (4, 3), device="meta"))
     assert launches == []
 
 
 @pytest.mark.parametrize("name", RANDOM)
-def test_a_value_that_does_not_fit(name, device, launches):
-    """Both backends refuse it; the kernels' words name it, and what it was scored by."""
+def test_a_value_that_is_no_tensor(name, device, launches, validated):
     family = FAMILIES[name]
     dist = family.build(*(p.to(device) for p in parameters(family)))
-    shapes = [(5,)] if family.index else [(5, 3), (4, 2)]
-    for shape in shapes:
-        raised = errors(lambda shape=shape: dist.log_prob(torch.zeros(shape, device=device)))
-        assert isinstance(raised["triton"], ValueError)
-        assert str(list(shape)) in str(raised["triton"]) or str(shape) in str(raised["triton"])
-    with pytest.raises(ValueError, match="was given a value on meta"):
-        dist.log_prob(torch.zeros((4,) if family.index else (4, 3), device="meta"))
+    hot = "OneHot" in name
+    for wrong in ("x", None, [0.5], 0.5, 1):
+        error = same(lambda wrong=wrong: dist.log_prob(wrong), launches)
+        if hot:
+            assert isinstance(error, AttributeError)
+        elif str(error) == "The value argument to log_prob must be a Tensor":
+            assert validated and isinstance(error, ValueError)
+        else:
+            assert isinstance(error, TypeError)
+            assert str(error).endswith(f"of real numbers, got {type(wrong).__name__}")
+
+
+# Those whose reference takes complex values, as torch does.
+LENIENT = {"Normal", "IndependentNormal", "TruncatedNormal", "Bernoulli"}
+LENIENT |= {name for name, family in FAMILIES.items() if family.index}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_value_of_complex_numbers(name, device, launches, unchecked):
+    family = FAMILIES[name]
+    dist = family.build(*(p.to(device) for p in parameters(family)))
+    shape = (4,) if family.index else (4, 3)
+    value = torch.zeros(shape, dtype=torch.complex64, device=device)
+    if name in LENIENT:
+        with pytest.raises(TypeError, match=r"real numbers, got torch\.complex64"):
+            dist.log_prob(value)
+        assert launches == []
+        return
+    error = same(lambda: dist.log_prob(value), launches)
+    assert isinstance(error, TypeError)
+    assert str(error).endswith("real numbers, got torch.complex64")
+
+
+@pytest.mark.parametrize("name", [n for n in PAIRS if not FAMILIES[n].masked])
+def test_complex_parameters_are_no_case_for_the_kernels(name, launches, unchecked):
+    family = FAMILIES[name]
+    given = parameters(family)
+    given[0] = given[0].to(torch.complex64)
+    with pytest.raises(RuntimeError, match=r"they compute in fp32|clamp is not supported"):
+        draw(family.build(*given))
     assert launches == []
+
+
+@pytest.mark.parametrize("name", [n for n in RANDOM if n not in ("TanhNormal", "TruncatedNormal")])
+def test_values_of_other_types_are_scored_alike(name, device):
+    """A float64 value has a float64 score; a boolean one-hot is one."""
+    family = FAMILIES[name]
+    dist = family.build(*(p.to(device) for p in parameters(family)))
+    value = torch.ones(4) if family.index else torch.full((4, 3), 0.25)
+    types = [torch.float64, torch.int64]
+    if "OneHot" in name or name == "Bernoulli":
+        value = torch.eye(3)[[0, 1, 2, 0]]
+        types.append(torch.bool)
+    elif not family.index:
+        types.remove(torch.int64)
+    for dtype in types:
+        made = []
+        for back in ("reference", "triton"):
+            with backend.using_backend(back):
+                made.append(dist.log_prob(value.to(device, dtype)))
+        assert made[0].dtype is made[1].dtype
+        torch.testing.assert_close(made[1], made[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_tanh_normal_scores_values_of_other_types_alike(device):
+    dist = F.TanhNormal(torch.zeros(4, 3, device=device), torch.ones(4, 3, device=device))
+    for value in (torch.full((4, 3), 0.25, dtype=torch.float64), torch.zeros(4, 3).long()):
+        made = []
+        for back in ("reference", "triton"):
+            with backend.using_backend(back):
+                made.append(dist.log_prob(value.to(device)))
+        assert made[0].dtype is made[1].dtype
+        torch.testing.assert_close(made[1], made[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if "Categorical" in n and "Masked" not in n])
+def test_no_categories(name, launches):
+    """Nothing to choose from is an error of the same type."""
+    dist = FAMILIES[name].build(torch.zeros(4, 0))
+    for call in (lambda: draw(dist), lambda: dist.mode):
+        raised = errors(call)
+        assert {type(e) for e in raised.values()} == {IndexError}
+    assert "(4, 0)" in str(raised["triton"]) and launches == []
 
 
 SPECS = {
