@@ -488,7 +488,7 @@ class MaskedOneHotCategorical(_MaskedBase, D.Categorical):
 
 
 def _check_mask(name: str, mask: Tensor, given: Tensor) -> None:
-    """Raises unless the mask is boolean and has the categories as its last dimension.
+    """Raises unless the mask is boolean, in place and has the categories as its last dimension.
 
     Raises:
         ValueError: naming what was given.
@@ -502,6 +502,11 @@ def _check_mask(name: str, mask: Tensor, given: Tensor) -> None:
         raise ValueError(
             f"{name} expects a mask over the {given.shape[-1]} categories, of shape "
             f"{tuple(given.shape)} or broadcastable to it, got {tuple(mask.shape)}"
+        )
+    if not (mask.is_cpu and given.is_cpu) and mask.device != given.device:
+        raise ValueError(
+            f"the parameters of {name} must be on one device, got a mask on {mask.device} for "
+            f"{given.device}"
         )
 
 
