@@ -92,6 +92,9 @@ GATHER_MOST_BACKWARD = 32
 SHIFTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 if not SHIFTS:
     GATHER_MOST = GATHER_MOST_BACKWARD = 1024
+# So do rows of powers of two with what a thread holds under 3.7, 64 elements of a row or 32 of
+# several: by 160 bytes a draw at A = 256, 256 a score, 584 one of vectors, 8 a draw at A = 8.
+HELD_MOST, HELD_OF_SHORT = (64, 32) if SHIFTS else (32, 16)
 # Elements of a row in the registers of a thread, for a backward pass.
 HELD_BACKWARD = 32
 # A chunk of a longer row and the warps of its program: 32 elements of a thread. 16 take 17.8 issue
@@ -128,7 +131,7 @@ def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False
     if power:
         # A thread of its own for each row of up to 64 bytes, 64 elements of a row at the most.
         beside = 1 if a * itemsize <= 64 else 2
-        lanes = min(a, max(vector * beside, a * vector // held))
+        lanes = min(a, max(vector * beside, a * vector // min(held, HELD_MOST)))
         threads = max(1, lanes // vector)
         begin = 0
     elif a > (GATHER_MOST if held > HELD_BACKWARD else GATHER_MOST_BACKWARD):
@@ -144,7 +147,7 @@ def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False
         piece = -(-a // lanes) if lanes == 1 else -(-a // lanes) | 1
     rep = triton.next_power_of_2(piece or reps or a // lanes)
     # Rows of a warp: one for each thread, and of short rows several.
-    many = max(1, min(4, 32 * threads // a)) if a < 32 else 1
+    many = max(1, min(4, (HELD_OF_SHORT if power else 32) * threads // a)) if a < 32 else 1
     in_warp = max(1, 32 // threads) * triton.next_power_of_2(many)
     warps = 4 if rows > 264 * 4 * in_warp else 1
     if threads > 32 * warps:
