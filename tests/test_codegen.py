@@ -56,7 +56,9 @@ def _check_vectors(case, code):
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100"])
-@pytest.mark.parametrize("case", [c for c in CASES if c.everywhere], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.everywhere or c.nvidia], ids=lambda case: case.name
+)
 def test_other_nvidia(case, target):
     code = machine.read(machine.compiled(case, target))
     assert (code.stack, code.local) == (0, 0)
@@ -98,6 +100,44 @@ def test_the_check_finds_an_address_of_32_bits():
     wide = "%p = tt.get_program_id x : i32\n%q = arith.extsi %p : i32 to i64\n"
     assert narrow_addresses(wide) == set()
     assert narrow_addresses(wide + "%s = arith.muli %p, %c : i32\n") == {"arith.muli"}
+
+
+def handed_on(ttir: str) -> set[int]:
+    """How many values the loops hand from turn to turn."""
+    return {len(m.split(", ")) for m in re.findall(r"scf\.for .*? iter_args\((.*?)\) -> ", ttir)}
+
+
+def test_a_loop_of_halves_hands_on_every_one_that_waits():
+    """Triton takes a variable for unchanged where its first value is the one that it gets."""
+    name = "truncated-normal-draw-backward-8-bf16-tensors=True-clamp=2-entropy=True-kind=0"
+    (case,) = [c for c in CASES if c.name == name]
+    ttir = machine.compiled(case, "sm_90").asm["ttir"]
+    # Ten inputs and two results, of which two halves wait; 13 and 2, of which four quarters do.
+    assert handed_on(ttir) == {10 + 2 * 2, 13 * 4 + 2 * 4}
+
+
+def test_the_count_finds_what_a_loop_hands_on():
+    head = "%x:2 = scf.for %i = %a to %b step %c iter_args(%p = %u, %q = %v) -> (f32, f32)"
+    assert handed_on(head) == {2}
+
+
+LOOP = [
+    (0x00, "MOV R1, R2"),
+    (0x10, "FADD R1, R1, R1"),
+    (0x20, "@!P0 BRA 0x40"),
+    (0x30, "MUFU.RCP R1, R1"),
+    (0x40, "FADD R1, R1, R1"),
+    (0x50, "@P1 BRA 0x10"),
+    (0x60, "EXIT"),
+]
+
+
+def test_a_turn_of_a_loop_goes_from_its_branch_to_the_branch_target():
+    way = machine.shortest_path(LOOP)
+    assert [LOOP[i][0] for i in way] == [0x00, 0x10, 0x20, 0x40, 0x50, 0x60]
+    turn = machine.innermost_turn(LOOP, way)
+    assert [text.split()[-1] for text in turn] == ["R1", "0x40", "R1", "0x10"]
+    assert machine.innermost_turn(LOOP[:5] + LOOP[6:], [0, 1, 2, 4, 5]) == []
 
 
 def test_the_shortest_way_leaves_out_a_slow_path():

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastprob.kernels import truncated_normal
 from fastprob.kernels._launch import FLAT_TILE, forward_grid
-from fastprob.kernels.truncated_normal import HALF_WARPS, WARPS
+from fastprob.kernels.truncated_normal import Form, backward_form, forward_form
 from tests.kernels import codegen_normal
 from tests.kernels.codegen_normal import ROWS, tiling
 from tests.kernels.machine import Case
@@ -37,10 +37,24 @@ def _limits(kernel: Any, tensors: bool, clamp: int, **wanted: bool) -> dict[str,
         layout = {"LOW": 6, "HIGH": 6, "low_column": 1, "high_column": 1}
     wanted = {
         **wanted, "low": tensors, "high": tensors, "lo": not tensors, "hi": not tensors,
-        "clamp_lo": clamp == 1, "clamp_hi": clamp == 1, "clamp_low": False, "clamp_high": False,
+        **dict.fromkeys(("clamp_lo", "clamp_hi"), clamp == 1),
+        **dict.fromkeys(("clamp_low", "clamp_high"), clamp == 2),
     }  # fmt: skip
     none = {n: None for n, needed in wanted.items() if not needed and n in kernel.arg_names}
     return {**layout, **none}
+
+
+def _form(
+    form: Form, amd: Form, count: int, warps: int, size: int, loads: int, stores: int
+) -> dict[str, Any]:
+    """What a case says of the form of its kernel, and of how many tensors it loads and stores."""
+    vectors = count * size // (32 * form.warps * warps) // 16
+    return {
+        "turns": 2 if form.cut else 1,
+        "registers": form.registers,
+        "amd": {"warps": amd.warps * warps, "CUT": amd.cut},
+        "accesses": (loads * vectors, stores * vectors),
+    }
 
 
 def draw(
@@ -53,15 +67,18 @@ def draw(
     entropy: bool = False,
     kind: int = truncated_normal.RANDOM,
     everywhere: bool = False,
+    nvidia: bool = False,
 ) -> Case:
     grid = forward_grid(ROWS, a, True)
+    how = _size(dtype), not (entropy or tensors), grid.warps
+    form = forward_form(*how)
     kernel = truncated_normal.draw_kernel
     random = kind == truncated_normal.RANDOM
     limits = _limits(kernel, tensors, clamp, entropy=entropy, state=random, ticket=random)
     constants = {
         **tiling(grid, a), "LOC": 0, "SCALE": 0, "KIND": kind, "SCORE": True, "ENTROPY": entropy,
         "CLAMP": clamp, "HOST": not random, "ADVANCE": random, "KEEP": False, "FAST": True,
-        "seed": None, "call": None, "used": None, **limits,
+        "CUT": form.cut, "seed": None, "call": None, "used": None, **limits,
     }  # fmt: skip
     name = (
         f"truncated-normal-draw-{a}-{dtype}-tensors={tensors}-clamp={clamp}-entropy={entropy}-"
@@ -69,10 +86,11 @@ def draw(
     )
     # A wide row is one program, chunk by chunk.
     return Case(
-        name, kernel, _types(dtype), constants, WARPS * grid.warps,
+        name, kernel, _types(dtype), constants, form.warps * grid.warps,
         grid.count if grid.wide else grid.tile,
         (3 + (1 + entropy) / a) * _size(dtype), slots, vectors=not grid.wide,
-        everywhere=everywhere,
+        everywhere=everywhere, nvidia=nvidia,
+        **_form(form, forward_form(*how, amd=True), grid.count, grid.warps, _size(dtype), 2, 1),
     )  # fmt: skip
 
 
@@ -86,15 +104,16 @@ def draw_backward(
     entropy: bool = False,
     kind: int = truncated_normal.RANDOM,
     everywhere: bool = False,
+    nvidia: bool = False,
 ) -> Case:
     count, warps = FLAT_TILE
-    halves = dtype != "fp32" and not entropy
+    form = backward_form(_size(dtype))
     kernel = truncated_normal.draw_backward_kernel
     random = kind == truncated_normal.RANDOM
     constants = {
         "A": a, "COUNT": count, "VALUE": 0, "LOC": 0, "SCALE": 0, "KIND": kind,
         "PATHWISE": True, "BY_VALUE": True, "BY_SCORE": True, "BY_ENTROPY": entropy,
-        "CLAMP": clamp, "HALVES": halves, "FAST": True,
+        "CLAMP": clamp, "FAST": True, "CUT": form.cut,
         **_limits(kernel, tensors, clamp, grad_entropy=entropy, used=random),
     }  # fmt: skip
     name = (
@@ -102,26 +121,34 @@ def draw_backward(
         f"entropy={entropy}-kind={kind}"
     )
     return Case(
-        name, kernel, _types(dtype), constants, warps * (HALF_WARPS if halves else WARPS), count,
-        (5 + (1 + entropy) / a) * _size(dtype), slots, everywhere=everywhere,
+        name, kernel, _types(dtype), constants, form.warps * warps, count,
+        (5 + (1 + entropy) / a) * _size(dtype), slots, everywhere=everywhere, nvidia=nvidia,
+        **_form(form, backward_form(_size(dtype), amd=True), count, warps, _size(dtype), 3, 2),
     )  # fmt: skip
 
 
 def score(
-    a: int, dtype: str, slots: float | None = None, *, entropy: bool, everywhere: bool = False
+    a: int,
+    dtype: str,
+    slots: float | None = None,
+    *,
+    tensors: bool = False,
+    entropy: bool = False,
+    everywhere: bool = False,
 ) -> Case:
     grid = forward_grid(ROWS, a, True)
+    how = _size(dtype), not (entropy or tensors), grid.warps
+    form = forward_form(*how)
     kernel = truncated_normal.score_kernel
     constants = {
         **tiling(grid, a), "LOC": 0, "SCALE": 0, "VALUE": 0, "SCORE": True, "ENTROPY": entropy,
-        "FAST": True, **_limits(kernel, False, 0, entropy=entropy),
+        "FAST": True, "CUT": form.cut, **_limits(kernel, tensors, 0, entropy=entropy),
     }  # fmt: skip
     return Case(
-        f"truncated-normal-score-{a}-{dtype}-entropy={entropy}", kernel, _types(dtype), constants,
-        WARPS * grid.warps, grid.tile, (3 + (1 + entropy) / a) * _size(dtype), slots,
-        everywhere=everywhere,
-        # Three loads of a tile, and sums of its rows alone to store.
-        accesses=(3 * grid.count * _size(dtype) // (32 * WARPS * grid.warps) // 16, 0),
+        f"truncated-normal-score-{a}-{dtype}-tensors={tensors}-entropy={entropy}", kernel,
+        _types(dtype), constants, form.warps * grid.warps, grid.tile,
+        (3 + (1 + entropy) / a) * _size(dtype), slots, everywhere=everywhere,
+        **_form(form, forward_form(*how, amd=True), grid.count, grid.warps, _size(dtype), 3, 0),
     )  # fmt: skip
 
 
@@ -130,35 +157,48 @@ def score_backward(
     dtype: str,
     slots: float | None = None,
     *,
+    tensors: bool = False,
     to_value: bool = False,
     everywhere: bool = False,
 ) -> Case:
     count, warps = FLAT_TILE
-    warps *= WARPS if dtype == "fp32" else HALF_WARPS
+    form = backward_form(_size(dtype))
     kernel = truncated_normal.score_backward_kernel
     constants = {
         "A": a, "COUNT": count, "LOC": 0, "SCALE": 0, "VALUE": 0, "BY_SCORE": True,
-        "BY_ENTROPY": True, "TO_VALUE": to_value, "FAST": True,
-        **_limits(kernel, False, 0, grad_value=to_value),
+        "BY_ENTROPY": True, "TO_VALUE": to_value, "FAST": True, "CUT": form.cut,
+        **_limits(kernel, tensors, 0, grad_value=to_value),
     }  # fmt: skip
+    amd = backward_form(_size(dtype), amd=True)
     return Case(
-        f"truncated-normal-score-backward-{a}-{dtype}-value={to_value}", kernel, _types(dtype),
-        constants, warps, count, (5 + to_value + 3 / a) * _size(dtype), slots,
-        everywhere=everywhere,
+        f"truncated-normal-score-backward-{a}-{dtype}-tensors={tensors}-value={to_value}", kernel,
+        _types(dtype), constants, form.warps * warps, count,
+        (5 + to_value + 3 / a) * _size(dtype), slots, everywhere=everywhere,
+        **_form(form, amd, count, warps, _size(dtype), 3, 2 + to_value),
     )  # fmt: skip
 
 
+# All that can be asked of a kernel at once.
+ALL: dict[str, Any] = {"tensors": True, "clamp": 2, "entropy": True}
 # What the kernels take, and a tenth. With 97 slots memory would be the limit in fp32.
 CASES = [
-    draw(8, "fp32", 138, everywhere=True),
-    draw(8, "bf16", 158, tensors=True, clamp=1),
-    draw(17, "fp32", 160, entropy=True),
+    draw(8, "fp32", 142, everywhere=True),
+    draw(8, "bf16", 147),
+    draw(8, "bf16", 168, tensors=True, clamp=1),
+    draw(17, "fp32", 175, entropy=True),
     draw(8, "fp32", 89, kind=truncated_normal.MEAN),
-    draw_backward(8, "fp32", 183, everywhere=True),
-    draw_backward(8, "bf16", 175),
-    draw_backward(17, "bf16", 232, tensors=True, clamp=1),
-    score(8, "fp32", 100, entropy=True, everywhere=True),
-    score_backward(8, "fp32", 123, everywhere=True),
-    score_backward(17, "bf16", 143),
-    score_backward(8, "bf16", 143, to_value=True),
+    # A tile of 16 warps, whose threads can have 128 registers.
+    draw(600, "bf16", nvidia=True, **ALL),
+    draw_backward(8, "fp32", 181, everywhere=True),
+    draw_backward(8, "bf16", 184, everywhere=True),
+    draw_backward(8, "bf16", 222, nvidia=True, **ALL),
+    draw_backward(17, "fp32", nvidia=True, **ALL),
+    draw_backward(17, "bf16", 241, tensors=True, clamp=1),
+    draw_backward(8, "bf16", entropy=True, everywhere=True),
+    draw_backward(8, "bf16", entropy=True, kind=truncated_normal.MEDIAN),
+    score(8, "fp32", 108, entropy=True, everywhere=True),
+    score(8, "bf16", tensors=True, entropy=True),
+    score_backward(8, "fp32", 122, everywhere=True),
+    score_backward(17, "bf16", 154),
+    score_backward(8, "bf16", 131, to_value=True, everywhere=True),
 ]

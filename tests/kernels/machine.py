@@ -3,7 +3,8 @@
 A kernel is compiled ahead of time for a target. For NVIDIA's the assembler and the disassembler
 that Triton's package carries tell registers, spills, vector widths and instructions. An issue slot
 is an instruction that a warp issues on the shortest way from the entry to the exit, so that slow
-paths do not count; slots are given for each element.
+paths do not count; slots are given for each element. The shortest way goes through a loop once: a
+case says how many turns it has, and each more counts what lies between the branch and its target.
 """
 
 from __future__ import annotations
@@ -42,8 +43,12 @@ class Case:
         slots: most issue slots for each element on sm_90, None where nothing is demanded.
         vectors: whether every load and store of a tile must be one of 128 bits.
         everywhere: whether it is compiled for every target, not for sm_90 alone.
+        nvidia: whether for all of NVIDIA's, at least.
         accesses: 128-bit loads and stores of a thread at the least; None where they are those of
             COUNT elements.
+        turns: of the innermost loop on the shortest way.
+        registers: most that the assembler may take on NVIDIA's targets; None for its own choice.
+        amd: what differs there: constants, and `"warps"`.
     """
 
     name: str
@@ -57,6 +62,10 @@ class Case:
     vectors: bool = True
     everywhere: bool = False
     accesses: tuple[int, int] | None = None
+    turns: int = 1
+    registers: int | None = None
+    amd: dict[str, int] = field(default_factory=dict)
+    nvidia: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ class Code:
         slots: issue slots of a warp on the shortest way.
         pipes: cycles that the shortest way keeps each pipe of a Hopper multiprocessor busy.
         widths: how many loads and stores of each width lie on the shortest way.
+        turn: cycles as of `pipes` of one turn of the innermost loop on that way, if there is one.
     """
 
     registers: int
@@ -78,13 +88,20 @@ class Code:
     slots: int
     pipes: dict[str, float]
     widths: collections.Counter = field(default_factory=collections.Counter)
+    turn: dict[str, float] = field(default_factory=dict)
 
 
 def compiled(case: Case, target: str) -> Any:
     """The kernel compiled for `"sm_90"`, `"gfx942"` and the like; pointers are aligned to 16."""
     constants = dict(case.constants)
-    if target in AMD and "FAST" in constants:
-        constants["FAST"] = False
+    options: dict[str, Any] = {"num_warps": case.warps}
+    if target in AMD:
+        if "FAST" in constants:
+            constants["FAST"] = False
+        constants |= case.amd
+        options["num_warps"] = constants.pop("warps", case.warps)
+    elif case.registers is not None:
+        options["maxnreg"] = case.registers
     names = case.kernel.arg_names
     signature = {n: "constexpr" if n in constants else case.types[n] for n in names}
     aligned = {
@@ -95,7 +112,7 @@ def compiled(case: Case, target: str) -> Any:
         gpu = GPUTarget("hip", target, 64)
     else:
         gpu = GPUTarget("cuda", int(target[3:]), 32)
-    return triton.compile(source, target=gpu, options={"num_warps": case.warps})
+    return triton.compile(source, target=gpu, options=options)
 
 
 @functools.cache
@@ -122,7 +139,8 @@ def read(binary: Any) -> Code:
         (int(address, 16), text.strip())
         for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);\s+/\*", listing)
     ]
-    way = shortest_way(instructions)
+    path = shortest_path(instructions)
+    way = [instructions[i][1] for i in path]
     return Code(
         registers=used["REG"],
         stack=used["STACK"],
@@ -130,6 +148,7 @@ def read(binary: Any) -> Code:
         slots=len(way),
         pipes=pipe_cycles(way),
         widths=collections.Counter(w for w in map(_width, way) if w),
+        turn=pipe_cycles(innermost_turn(instructions, path)),
     )
 
 
@@ -148,7 +167,25 @@ def _split(text: str) -> tuple[str | None, str]:
 
 
 def shortest_way(instructions: list[tuple[int, str]]) -> list[str]:
-    """The fewest instructions from the entry to an exit, by Dijkstra 1959."""
+    """The fewest instructions from the entry to an exit."""
+    return [instructions[i][1] for i in shortest_path(instructions)]
+
+
+def innermost_turn(instructions: list[tuple[int, str]], path: list[int]) -> list[str]:
+    """What a turn of the shortest loop on a way consists of: from a branch's target to it."""
+    index = {address: i for i, (address, _) in enumerate(instructions)}
+    turns = []
+    for end in path:
+        text = instructions[end][1]
+        found = re.search(r"(0x[0-9a-f]+)", text) if "BRA" in _split(text)[1] else None
+        first = index.get(int(found[1], 16)) if found else None
+        if first is not None and first <= end and first in path:
+            turns.append([instructions[i][1] for i in path if first <= i <= end])
+    return min(turns, key=len, default=[])
+
+
+def shortest_path(instructions: list[tuple[int, str]]) -> list[int]:
+    """Where the fewest instructions from the entry to an exit stand, by Dijkstra 1959."""
     index = {address: i for i, (address, _) in enumerate(instructions)}
     # An exit of some threads alone is passed by, but where there is no other: a loop may end so.
     guarded = all(_split(t)[0] for _, t in instructions if _split(t)[1].split(".")[0] == "EXIT")
@@ -189,7 +226,7 @@ def shortest_way(instructions: list[tuple[int, str]]) -> list[str]:
     way = [end]
     while way[-1] in before:
         way.append(before[way[-1]])
-    return [instructions[i][1] for i in reversed(way)]
+    return way[::-1]
 
 
 def _width(text: str) -> str | None:
@@ -247,10 +284,13 @@ PARTS, CLOCK, BANDWIDTH = 132 * 4, 1.98e9, 4.3e12
 
 def roof(case: Case, code: Code) -> float:
     """Time that memory takes over the time that the busiest pipe takes or memory, at most 1."""
-    computing = max(code.pipes.values()) * case.warps / case.elements / (PARTS * CLOCK)
+    more = case.turns - 1
+    busy = max(n + more * code.turn.get(pipe, 0) for pipe, n in code.pipes.items())
+    computing = busy * case.warps / case.elements / (PARTS * CLOCK)
     return min(1.0, case.bytes / BANDWIDTH / computing)
 
 
 def slots_per_element(case: Case, code: Code) -> float:
     """Issue slots for each element: those of a warp, over the elements of one of its threads."""
-    return code.slots * 32 * case.warps / case.elements
+    slots = code.slots + (case.turns - 1) * code.turn.get("issue", 0)
+    return slots * 32 * case.warps / case.elements

@@ -144,12 +144,8 @@ def test_gradients_of_draws(dtype, device):
         ):
             p = probabilities(used, sample + loc.shape, device)
             bounds = wide(low, high)
-            # Without a gradient of the entropy half precision is computed in halves.
-            whole = dtype is torch.float32 or (a % 2 == 1 and a != 33)
-            if not whole:
-                weights[2] = torch.zeros_like(weights[2])
             got = kernels.draw_backward(
-                *weights[:2], weights[2] if whole else None, loc, scale, low, high, used, sample, 1,
+                *weights, loc, scale, low, high, used, sample, 1,
                 kind=kernels.MEDIAN if used is None else kernels.RANDOM,
             )  # fmt: skip
             truth = gradients(
