@@ -48,6 +48,22 @@ def sqrt(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def sqrt_of_size(x, FAST: tl.constexpr):
+    """`sqrt(|x|)`; within the assembly an absolute value is part of the root's operand."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 s; abs.f32 s, $1; sqrt.approx.ftz.f32 $0, s; }",
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.sqrt(tl.abs(x))
+
+
+@triton.jit
 def reciprocal(x, FAST: tl.constexpr):
     if FAST:
         return tl.inline_asm_elementwise(

@@ -54,8 +54,9 @@ def box_muller(a, b, FAST: tl.constexpr):
     in [-pi, pi), where the approximate sine is accurate. The absolute value is for a lg2 that
     rounds to just above 0 near u = 1, which would make a NaN.
     """
-    u = (a.to(tl.float32) + 1.0) * 2.3283064365386963e-10
-    radius = m.sqrt(tl.abs(m.log2(u, FAST) * -1.3862943611198906), FAST)
+    # The product is exact, so that one instruction rounds as a sum and a product would.
+    u = a.to(tl.float32) * 2.3283064365386963e-10 + 2.3283064365386963e-10
+    radius = m.sqrt_of_size(m.log2(u, FAST) * -1.3862943611198906, FAST)
     angle = b.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09
     return radius * m.cos(angle, FAST), radius * m.sin(angle, FAST)
 

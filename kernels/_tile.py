@@ -6,7 +6,7 @@ four whatever the size A of a row is. Three layouts, chosen at launch:
 - A a power of two: COUNT / A whole rows, summed as a 2-D tile.
 - GATHER, any other A up to COUNT / 4: as many whole rows as fit, a multiple of 4 of them, so that
   a tile begins with a group; where that leaves an eighth of the tile empty, as many as fit with up
-  to 3 elements in front of them, see `begin`. Their sums come from a gather: 32 to 40 issue slots
+  to 3 elements in front of them, see `begin`. Their sums come from a gather: 31 to 40 issue slots
   an element for the Normal, where a tile padded to a power of two takes 116 at A = 17 and 128 at
   A = 33.
 - WIDE: a row is longer than a tile; a program goes over one row chunk by chunk.
@@ -48,6 +48,17 @@ def kept(lead, TILE: tl.constexpr, COUNT: tl.constexpr):
         return (lead + TILE) // 4 * 4
 
 
+@triton.constexpr_function
+def lanes(count, rows):
+    """Threads that add up a row of a gather, side by side in a warp.
+
+    As many as there are for each of `rows`, of the 16 elements that a thread has of `count`: the
+    last additions stay within a warp. TanhNormal at A = 257 takes 56.8 issue slots where a row goes
+    over all warps, 55.6 so.
+    """
+    return min(32, max(1, count // 16 // rows))
+
+
 @triton.jit
 def sum_rows(
     x, A: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, GATHER: tl.constexpr, lead=0
@@ -69,12 +80,15 @@ def sum_rows(
         # Rows and columns that the tile does not have take the last ones, which spares masks: 58.1
         # issue slots for TanhNormal at A = 257 become 56.8. Those rows are not stored.
         LAST: tl.constexpr = (COUNT // A if A % 4 == 0 else (COUNT - 3) // A) - 1
-        WIDTH: tl.constexpr = triton.next_power_of_2(A)
-        column = tl.arange(0, WIDTH)[:, None]
-        row = tl.minimum(tl.arange(0, ROWS), LAST)[None, :]
+        LANES: tl.constexpr = lanes(COUNT, ROWS)
+        STEPS: tl.constexpr = triton.next_power_of_2(A) // LANES
+        step = tl.arange(0, STEPS)[:, None, None]
+        row = tl.minimum(tl.arange(0, ROWS), LAST)[None, :, None]
+        column = tl.arange(0, LANES)[None, None, :] + step * LANES
         source = row * A + lead + tl.minimum(column, A - 1)
-        taken = tl.reshape(tl.gather(x, tl.reshape(source, [WIDTH * ROWS]), 0), [WIDTH, ROWS])
-        return tl.sum(tl.where(column < A, taken, 0.0), 0)
+        taken = tl.gather(x, tl.reshape(source, [STEPS * ROWS * LANES]), 0)
+        taken = tl.where(column < A, tl.reshape(taken, [STEPS, ROWS, LANES]), 0.0)
+        return tl.sum(tl.sum(taken, 0), 1)
     elif ROWS == COUNT:
         return x
     else:
@@ -158,6 +172,18 @@ def of_rows(ptr, start, i, inside, A: tl.constexpr, COUNT: tl.constexpr, WHOLE: 
         ROWS: tl.constexpr = COUNT // A
         x = tl.load(ptr + start // A + tl.arange(0, ROWS)).to(tl.float32)
         return tl.reshape(tl.broadcast_to(x[:, None], [ROWS, A]), [COUNT])
+    elif WHOLE and A * ptr.dtype.element_ty.primitive_bitwidth > 128:
+        # A vector of 128 bits has elements of two rows at most: two loads for each, where one for
+        # each element made 55.8 issue slots of TanhNormal's gradient at A = 257, now 53.6.
+        VECTOR: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+        first = tl.arange(0, COUNT // VECTOR) * VECTOR + (start % A).to(tl.int32)
+        row = first // A
+        left = A - (first - row * A)
+        at = ptr + start // A + row
+        near = tl.load(at).to(tl.float32)
+        far = tl.load(at + 1, mask=left < VECTOR, other=0.0).to(tl.float32)
+        near = tl.where(tl.arange(0, VECTOR)[None, :] < left[:, None], near[:, None], far[:, None])
+        return tl.reshape(near, [COUNT])
     else:
         row, _ = place(start, i, A, COUNT)
         return tl.load(ptr + row, mask=inside, other=0.0).to(tl.float32)

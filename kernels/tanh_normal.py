@@ -68,8 +68,12 @@ from fastprob.kernels._scale import slope as slope_of
 # How a value is chosen.
 RANDOM, MEDIAN, MEAN, MODE = range(4)
 _RANDOM, _MEDIAN, _MEAN, _MODE = (tl.constexpr(kind) for kind in range(4))
-# What the terms of a drawn value lack: log(2 pi) / 2 of the Normal, and log(4) of the Jacobian.
-DRAWN = tl.constexpr(2.305232894324563)
+# What the terms of a drawn value lack, to base 2, and 2 to the minus of that: log(2 pi) / 2 of the
+# Normal, and log(4) of the Jacobian.
+DRAWN = tl.constexpr(3.325748064736159)
+UNDRAWN = tl.constexpr(0.09973557010035818)
+HALF_LOG2E = tl.constexpr(0.7213475204444817)
+TWO_LOG2E = tl.constexpr(2.8853900817779268)
 # 1 minus the resolution of the dtype, rounded to it: the largest |tanh| that is let through.
 LIMITS = {
     dtype: torch.tensor(1.0 - torch.finfo(dtype).resolution, dtype=dtype, device="cpu").item()
@@ -105,7 +109,7 @@ def _draw_tile(
     LIMIT: tl.constexpr, CLAMP: tl.constexpr, MAP: tl.constexpr, FAST: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the values of one tile; gives minus their scores, 0 outside."""
+    """Writes the values of one tile; gives minus their scores over log(2), 0 outside."""
     i = tl.arange(0, COUNT)
     inside = (i >= skip) & (i < left)
     mu = tile.load(loc, start, i, inside, 0.0, rows, loc_row, loc_column, A, COUNT, LOC, WHOLE)
@@ -119,6 +123,7 @@ def _draw_tile(
         tile.store(mapped, start, sigma, i, inside, COUNT, TILE, WHOLE and TILE % 4 == 0)
     z = tl.zeros([COUNT], tl.float32)
     x = mu
+    jacobian = mu
     if KIND == _MEAN:
         y, rest = points.mean(mu, sigma, FAST)
         inner = sigma
@@ -137,8 +142,11 @@ def _draw_tile(
             if KIND == _RANDOM:
                 z = random.normals(seed, call, start, COUNT, FAST)
                 x = mu + z * sigma
-            t, q = m.tanh_parts(x, FAST)
-            y = m.abs_tanh(x, (1.0 - t) * q)
+            # The constant is added where it costs no instruction, and taken out of t again.
+            jacobian = tl.abs(x) * -TWO_LOG2E + DRAWN
+            t = m.exp2(jacobian, FAST)
+            q = m.reciprocal(1.0 + t * UNDRAWN, FAST)
+            y = m.abs_tanh(x, (1.0 - t * UNDRAWN) * q)
         inner = sigma * q * q
         if LIMIT < 1.0:
             y = tl.minimum(y, LIMIT, propagate_nan=tl.PropagateNan.ALL)
@@ -154,15 +162,19 @@ def _draw_tile(
     if SCORE:
         if SPAN == 2:
             inner = inner * width
-        # Constants here and not in the sums, which would grow beyond the scores: no instruction.
-        constant = m.HALF_LOG_2PI if KIND == _MEAN else DRAWN
-        if SPAN == 1:
-            constant += log_half
-        energy = m.log2(inner, FAST) * m.LN2 + constant
+        # To base 2 up to the sums. Constants here and not in these, which would grow beyond the
+        # scores.
+        energy = m.log2(inner, FAST)
         if KIND != _MEDIAN:
-            energy += z * z * 0.5
-        if KIND != _MEAN:
-            energy = energy - tl.abs(x) * 2.0
+            energy += z * z * HALF_LOG2E
+        if KIND == _MEAN:
+            energy += m.HALF_LOG_2PI * m.LOG2E
+        elif KIND == _MODE:
+            energy += tl.abs(x) * -TWO_LOG2E + DRAWN
+        else:
+            energy += jacobian
+        if SPAN == 1:
+            energy += log_half * m.LOG2E
         if not WHOLE:
             energy = tl.where(inside, energy, 0.0)
     return energy
@@ -199,7 +211,7 @@ def draw_kernel(
             )  # fmt: skip
         if SCORE:
             sums = tile.sum_rows(energies, A, COUNT, 1, False)
-            tile.store_rows(score, program, -sums, total_rows, 1, 1, True)
+            tile.store_rows(score, program, sums * -m.LN2, total_rows, 1, 1, True)
     else:
         start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A
@@ -213,7 +225,7 @@ def draw_kernel(
             )  # fmt: skip
             if SCORE:
                 sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER, lead)
-                tile.store_rows(score, program * OWN, -sums, total_rows, ROWS, OWN, True)
+                tile.store_rows(score, program * OWN, sums * -m.LN2, total_rows, ROWS, OWN, True)
         else:
             energy = _draw_tile(
                 loc, scale, value, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
@@ -225,7 +237,7 @@ def draw_kernel(
             )  # fmt: skip
             if SCORE:
                 sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER, lead)
-                tile.store_rows(score, program * OWN, -sums, total_rows, ROWS, OWN, False)
+                tile.store_rows(score, program * OWN, sums * -m.LN2, total_rows, ROWS, OWN, False)
     if KIND == _RANDOM:
         random.close_state(state, used, ticket, seed, call, ADVANCE, KEEP)
 
