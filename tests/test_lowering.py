@@ -7,7 +7,7 @@ import torch
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
-from fastprob import rng
+from fastprob import distributions, rng
 
 DRAWS = {
     "normal_": lambda shape, like: rng.standard_normal(shape, like),
@@ -94,3 +94,87 @@ def test_large_exponential_draw_takes_the_faster_way():
     )
     assert torch.equal(found, expected)
     assert any("fastprob.reference._noise.exponential_(" in text for text in code)
+
+
+# categoricals -------------------------------------------------------------------------------
+
+
+def categorical(name, rows, from_probs=False):
+    draw = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, 8, generator=draw)
+    if name.startswith("Masked"):
+        mask = torch.rand(rows, 8, generator=draw) < 0.6
+        mask[:, 1] = True
+        return lambda x: getattr(distributions, name)(logits=x, mask=mask), logits
+    if "Ordinal" in name:
+        return lambda x: getattr(distributions, name)(scores=x), logits
+    if from_probs:
+        return lambda x: getattr(distributions, name)(probs=x), logits.exp()
+    return lambda x: getattr(distributions, name)(logits=x), logits
+
+
+CATEGORICALS = [
+    ("Categorical", False), ("Categorical", True), ("OneHotCategorical", False),
+    ("MaskedCategorical", False), ("MaskedOneHotCategorical", False), ("Ordinal", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "from_probs"), CATEGORICALS)
+@pytest.mark.parametrize("rows", [16, 2048])
+def test_categorical_draws_without_gradients(name, from_probs, rows):
+    make, given = categorical(name, rows, from_probs)
+    expected, found, code = both(lambda x: make(x).sample_and_log_prob(), given)
+    assert torch.equal(found[0], expected[0])
+    assert torch.allclose(found[1], expected[1], atol=1e-6)
+    assert any("= torch.ops.fastprob.categorical_race" in text for text in code) is (rows == 2048)
+
+
+@pytest.mark.parametrize(("name", "from_probs"), CATEGORICALS)
+@pytest.mark.parametrize("rows", [16, 2048])
+def test_categorical_modes(name, from_probs, rows):
+    make, given = categorical(name, rows, from_probs)
+    # Of equals the first.
+    given[3] = 1.0
+    expected, found, code = both(lambda x: make(x).mode, given)
+    assert torch.equal(found, expected)
+    assert any("aten.max.dim" in text for text in code) is (rows == 2048)
+    assert not any("= torch.ops.fastprob" in text for text in code)
+
+
+def test_categorical_draws_with_gradients_are_scored_by_the_formula():
+    make, given = categorical("Categorical", 2048)
+    given.requires_grad_()
+    expected, found, code = both(lambda x: make(x).sample_and_log_prob(), given)
+    assert torch.equal(found[0], expected[0])
+    grads = [torch.autograd.grad(score.sum(), given)[0] for score in (found[1], expected[1])]
+    assert torch.allclose(*grads, atol=1e-6)
+    assert not any("= torch.ops.fastprob.categorical_race" in text for text in code)
+
+
+def test_categorical_draws_of_an_open_size_and_under_vmap():
+    def function(x):
+        return distributions.Categorical(logits=x).sample_and_log_prob()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for rows in (7, 2048):
+        x = torch.randn(rows, 8)
+        torch.manual_seed(rows)
+        expected = function(x)
+        torch.manual_seed(rows)
+        found = compiled(x)
+        assert torch.equal(found[0], expected[0])
+        assert torch.allclose(found[1], expected[1], atol=1e-6)
+    x = torch.randn(3, 700, 8)
+    modes = torch.compile(torch.vmap(lambda x: distributions.Categorical(logits=x).mode))
+    assert torch.equal(modes(x), x.argmax(-1))
+
+
+@pytest.mark.parametrize("name", ["largest", "categorical_race"])
+def test_operators_pass_opcheck(name):
+    x, noise = torch.randn(5, 4), torch.rand(5, 4) + 0.1
+    op = getattr(torch.ops.fastprob, name).default
+    torch.library.opcheck(op, (x,) if name == "largest" else (x, noise, False))
+    batched = torch.vmap(op)(x[None]) if name == "largest" else (
+        torch.vmap(op, in_dims=(0, None, None))(torch.stack([x, -x]), noise, False)[0])  # fmt: skip
+    first = op(x) if name == "largest" else op(x, noise, False)[0]
+    assert torch.equal(batched[0], first)

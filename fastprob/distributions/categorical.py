@@ -147,9 +147,25 @@ class _CategoricalBase(Fused):
                 log_prob = None if log_prob is None else log_prob.view(index.shape)
             if not needs_grad:
                 return index, log_prob
+        elif score and shape.numel() == 1 and self._races_in_graph(generator):
+            noise = rng.exponential(given.shape, given, generator)
+            index, log_prob = ops.race_score_in_graph(given, noise, self._from_probs)
+            return (index.view(shape + index.shape), log_prob.view(shape + index.shape))
         else:
             index = self._index(shape, generator)
         return index, ops.pick(self._scores, index) if score else None
+
+    def _races_in_graph(self, generator: Any) -> bool:
+        """Whether a graph holds a draw without gradients and its score as one operator."""
+        given = self._given
+        return (
+            torch.compiler.is_compiling()
+            and given.is_cpu
+            and given.dtype in _RACED
+            and not _needs_grad(given)
+            and not rng.counted(generator)
+            and not backend.is_exporting()
+        )
 
     def _counted(self, shape: torch.Size, stream: Any) -> Tensor:
         """The draws of the kernels from a `CounterStream`, int64 `[*shape, *batch]`."""
@@ -203,7 +219,7 @@ class _CategoricalBase(Fused):
         elif score and not _needs_grad(given) and ops.by_passes(given):
             return ops.mode_score(given, self._from_probs)
         else:
-            index = given.argmax(-1)
+            index = ops.largest(given)
         return index, ops.pick(self._scores, index) if score else None
 
     def entropy(self) -> Tensor:

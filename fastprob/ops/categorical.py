@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprob import backend
+from fastprob import backend, lowering
 from fastprob.ops import _random
 from fastprob.ops._autograd import wants_function
 from fastprob.ops._fused import fold_samples, plain_eager, wanted, wants_gradient
@@ -83,6 +83,67 @@ def entropy(log_probs: Tensor) -> Tensor:
     if wants_function(log_probs):
         return _Entropy.apply(log_probs)
     return reference.entropy(log_probs)
+
+
+# operators of graphs, which Inductor lowers on a CPU -----------------------------------------
+
+
+def largest(x: Tensor) -> Tensor:
+    """The index of the largest of each row, the first of equals, int64 `[*batch]`."""
+    if torch.compiler.is_compiling() and x.is_cpu and not backend.is_exporting():
+        return torch.ops.fastprob.largest(x)
+    return x.argmax(-1)
+
+
+def race_score_in_graph(given: Tensor, noise: Tensor, from_probs: bool) -> tuple[Tensor, Tensor]:
+    """`race_score` as an operator: the index that wins and its log-probability, `[*batch]` both."""
+    return torch.ops.fastprob.categorical_race(given, noise, from_probs)
+
+
+def _offer() -> None:
+    lowering.offer_categorical(
+        torch.ops.fastprob.largest.default, torch.ops.fastprob.categorical_race.default
+    )
+
+
+def _largest_fake(x):
+    _offer()
+    return x.new_empty(x.shape[:-1], dtype=torch.int64)
+
+
+def _race_op(given, noise, from_probs):
+    # Its last argument is used up, and belongs to the graph.
+    index, score = reference.race_score(given, noise.clone(), from_probs, True)
+    return index, score
+
+
+def _race_fake(given, noise, from_probs):
+    _offer()
+    batch = given.shape[:-1]
+    return given.new_empty(batch, dtype=torch.int64), given.new_empty(batch)
+
+
+register(
+    "largest",
+    "(Tensor x) -> Tensor",
+    lambda x: x.argmax(-1),
+    _largest_fake,
+    vmap=lambda info, in_dims, x: (torch.ops.fastprob.largest(x.movedim(in_dims[0], 0)), 0),
+)
+register(
+    "categorical_race",
+    "(Tensor given, Tensor noise, bool from_probs) -> (Tensor, Tensor)",
+    _race_op,
+    _race_fake,
+    vmap=lambda info, in_dims, given, noise, from_probs: (
+        torch.ops.fastprob.categorical_race(
+            lead(given, in_dims[0], info.batch_size),
+            lead(noise, in_dims[1], info.batch_size),
+            from_probs,
+        ),
+        (0, 0),
+    ),
+)
 
 
 # the kernels' operators ---------------------------------------------------------------------
