@@ -356,6 +356,90 @@ def test_shapes_that_do_not_broadcast(wrap):
         wrap(distribution_class=D.Normal)(td)
 
 
+# --- values to score, and generators ---
+
+HALF = torch.full((3, 4), 0.5)
+# Name in the message, a distribution of 3 x 4 parameters, and the shape of its values.
+SCORED = {
+    "Normal": (lambda: fpd.IndependentNormal(HALF, HALF), (3, 4)),
+    "TanhNormal": (lambda: fpd.TanhNormal(HALF, HALF), (3, 4)),
+    "TruncatedNormal": (lambda: fpd.TruncatedNormal(HALF, HALF), (3, 4)),
+    "Beta": (lambda: fpd.Beta(HALF, HALF), (3, 4)),
+    "Bernoulli": (lambda: fpd.Bernoulli(HALF), (3, 4)),
+    "Categorical": (lambda: fpd.Categorical(logits=HALF), (3,)),
+    "MaskedCategorical": (lambda: fpd.MaskedCategorical(logits=HALF, mask=HALF > 0), (3,)),
+}
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """No check by torch: what is wrong is told by what fails."""
+    monkeypatch.setattr(D.Distribution, "_validate_args", False)
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_a_value_to_score_that_does_not_broadcast(name, unchecked):
+    build, shape = SCORED[name]
+    for wrong in ((5, *shape[1:]), (2, 7, *shape[1:]), (0, *shape[1:])):
+        with pytest.raises(ValueError, match="does not broadcast") as caught:
+            build().log_prob(torch.zeros(wrong))
+        assert str(wrong) in str(caught.value) and name.removeprefix("Masked") in str(caught.value)
+    assert build().log_prob(torch.zeros(2, *shape)).shape[:2] == (2, 3)
+
+
+@pytest.mark.parametrize("name", SCORED)
+@pytest.mark.parametrize("wrong", [None, 0.5, "x", [0.5]], ids=str)
+def test_a_value_to_score_that_is_no_tensor(name, wrong, unchecked):
+    build, _ = SCORED[name]
+    with pytest.raises(TypeError, match="scores tensors of real numbers") as caught:
+        build().log_prob(wrong)
+    assert str(caught.value).endswith(f"got {type(wrong).__name__}")
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_torch_s_own_check_of_a_value_that_is_no_tensor(name, validated):
+    build, _ = SCORED[name]
+    if name in ("TanhNormal", "TruncatedNormal", "MaskedCategorical"):
+        # TorchRL's classes check no value.
+        with pytest.raises(TypeError, match="scores tensors of real numbers"):
+            build().log_prob(0.5)
+        return
+    with pytest.raises(ValueError, match="must be a Tensor"):
+        build().log_prob(0.5)
+
+
+def test_a_category_that_there_is_not(unchecked):
+    """torch's own words: the kernels score it NaN, as they tell the host nothing."""
+    with pytest.raises(RuntimeError, match="index 4 is out of bounds"):
+        fpd.Categorical(logits=HALF).log_prob(torch.tensor([0, 4, 1]))
+
+
+@pytest.mark.parametrize("name", SCORED)
+@pytest.mark.parametrize("generator", ["x", 3, HALF], ids=["str", "int", "tensor"])
+def test_a_draw_by_what_is_no_generator(name, generator):
+    dist = SCORED[name][0]()
+    draw = dist.rsample_and_log_prob if dist.has_rsample else dist.sample_and_log_prob
+    with pytest.raises(TypeError, match=r"torch\.Generator or a CounterStream, got"):
+        draw(generator=generator)
+
+
+def test_parameters_and_a_mask_on_two_devices():
+    with pytest.raises(ValueError, match="must be on one device"):
+        fpd.Beta(HALF, HALF.to("meta"))
+    with pytest.raises(ValueError, match="must be on one device"):
+        fpd.MaskedCategorical(logits=HALF, mask=(HALF > 0).to("meta"))
+
+
+@pytest.mark.parametrize("name", ["Normal", "TanhNormal", "Beta"])
+def test_a_wider_value_has_a_wider_score(name, unchecked):
+    """As torch's: a float64 value of float32 parameters is scored in float64."""
+    build, shape = SCORED[name]
+    value = torch.full(shape, 0.25, dtype=torch.float64)
+    score = build().log_prob(value)
+    assert score.dtype is torch.float64
+    torch.testing.assert_close(score.float(), build().log_prob(value.float()))
+
+
 # --- values that there are none of ---
 
 
