@@ -31,9 +31,55 @@ def _combined(
 
 
 @triton.jit
+def _with_outer_slopes(
+    to_loc, to_scale, side, a, w, u, by_row, rate,
+    COUNT: tl.constexpr, BY_SCORE: tl.constexpr, BY_ENTROPY: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The gradients, of outer elements by their own formulas and of others, of side 0, as they are.
+
+    One element of a thread after the other: these formulas take the most registers of all.
+    """
+    side0, side1, side2, side3 = halves.quarters(side, COUNT)
+    a0, a1, a2, a3 = halves.quarters(a, COUNT)
+    w0, w1, w2, w3 = halves.quarters(w, COUNT)
+    u0, u1, u2, u3 = halves.quarters(u, COUNT)
+    by_row0, by_row1, by_row2, by_row3 = halves.quarters(by_row, COUNT, BY_SCORE)
+    rate0, rate1, rate2, rate3 = halves.quarters(rate, COUNT, BY_ENTROPY)
+    loc0, loc1, loc2, loc3 = halves.quarters(to_loc, COUNT)
+    scale0, scale1, scale2, scale3 = halves.quarters(to_scale, COUNT)
+    for _ in range(4):
+        k_a, h_a, k_b, r, rest = tn.outer(a0, w0, FAST)
+        first, second = tn.outer_moments(a0, w0, k_a, k_b, r, rest, FAST)
+        shift = first
+        stretch = first
+        if BY_ENTROPY:
+            shift, widen = tn.outer_entropy_slopes(
+                a0, w0, k_a, h_a, k_b, r, rest, first, second, FAST
+            )
+            stretch = 1.0 - a0 * shift - w0 * widen
+        outer_loc, outer_scale, _ = _combined(
+            u0, u0 - first, u0 * (u0 + 2.0 * a0) - second, shift, stretch, side0 < 0, by_row0,
+            rate0, BY_SCORE, BY_ENTROPY, False,
+        )  # fmt: skip
+        outer_loc = tl.where(side0 == 0, loc0, outer_loc)
+        outer_scale = tl.where(side0 == 0, scale0, outer_scale)
+        loc0, loc1, loc2, loc3 = loc1, loc2, loc3, outer_loc
+        scale0, scale1, scale2, scale3 = scale1, scale2, scale3, outer_scale
+        side0, side1, side2, side3 = side1, side2, side3, side0
+        a0, a1, a2, a3 = a1, a2, a3, a0
+        w0, w1, w2, w3 = w1, w2, w3, w0
+        u0, u1, u2, u3 = u1, u2, u3, u0
+        by_row0, by_row1, by_row2, by_row3 = by_row1, by_row2, by_row3, by_row0
+        rate0, rate1, rate2, rate3 = rate1, rate2, rate3, rate0
+    all_loc = halves.joined_quarters(loc0, loc1, loc2, loc3, COUNT)
+    return all_loc, halves.joined_quarters(scale0, scale1, scale2, scale3, COUNT)
+
+
+@triton.jit
 def _slopes(
     mu, sigma, x, least, most, by_row, found, rate,
-    BY_SCORE: tl.constexpr, BY_ENTROPY: tl.constexpr, TO_VALUE: tl.constexpr, FAST: tl.constexpr,
+    COUNT: tl.constexpr, BY_SCORE: tl.constexpr, BY_ENTROPY: tl.constexpr, TO_VALUE: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """The gradients by loc, scale and x, of whose rows the scores `found` are."""
     a, b, flip, outer = tn.standardize(mu, sigma, least, most, FAST)
@@ -54,22 +100,13 @@ def _slopes(
     # Behind all of the central ones, so that these results alone wait while it is computed.
     if tl.max(outer.to(tl.int32), 0) > 0:
         a, w = tn.outer_interval(a, sigma, least, most, outer, FAST)
-        k_a, h_a, k_b, r, rest = tn.outer(a, w, FAST)
-        first, second = tn.outer_moments(a, w, k_a, k_b, r, rest, FAST)
-        u = first
+        u = a
         if BY_SCORE:
             u = m.divide(tl.where(flip, most - x, x - least), sigma, FAST)
-        if BY_ENTROPY:
-            shift, widen = tn.outer_entropy_slopes(
-                a, w, k_a, h_a, k_b, r, rest, first, second, FAST
-            )
-            stretch = 1.0 - a * shift - w * widen
-        outer_loc, outer_scale, _ = _combined(
-            z, u - first, u * (u + 2.0 * a) - second, shift, stretch, flip, by_row, rate,
-            BY_SCORE, BY_ENTROPY, False,
-        )  # fmt: skip
-        to_loc = tl.where(outer, outer_loc, to_loc)
-        to_scale = tl.where(outer, outer_scale, to_scale)
+        side = tl.where(outer, tl.where(flip, -1.0, 1.0), 0.0)
+        to_loc, to_scale = _with_outer_slopes(
+            to_loc, to_scale, side, a, w, u, by_row, rate, COUNT, BY_SCORE, BY_ENTROPY, FAST
+        )
     return to_loc, to_scale, by_value
 
 
@@ -128,7 +165,7 @@ def _tile(
             halves.widened(score0, grad_score, COUNT, CUT, BY_SCORE),
             halves.widened(found0, score, COUNT, CUT, BY_SCORE),
             halves.widened(entropy0, grad_entropy, COUNT, CUT, BY_ENTROPY),
-            BY_SCORE, BY_ENTROPY, TO_VALUE, FAST,
+            COUNT // TURNS, BY_SCORE, BY_ENTROPY, TO_VALUE, FAST,
         )  # fmt: skip
         loc0, loc1 = loc1, halves.packed(to_loc, grad_loc, COUNT, CUT)
         scale0, scale1 = scale1, halves.packed(to_scale, grad_scale, COUNT, CUT)
