@@ -1,9 +1,10 @@
 """What a compiled graph should hold for a family: an operator of its own, or what Inductor makes.
 
-The same call is compiled twice and timed in turns: once with the family's computation as an
-operator that Inductor does not look into, once left to Inductor to fuse. On a CPU the operator runs
-what eager mode runs, forward and backward; on a GPU, where the kernels serve, it is the kernel's.
-The decision is the operator where Inductor takes more than 1.1 times as long.
+The same call is compiled and timed in turns: with the family's computation as an operator that
+Inductor does not look into, with the formula left to Inductor to fuse, and as fastprob's graphs
+have it. On a CPU the operator runs what eager mode runs, forward and backward; on a GPU, where the
+kernels serve, it is the kernel's, and that is what graphs have. The decision is the operator where
+Inductor takes more than 1.1 times as long.
 """
 
 from __future__ import annotations
@@ -180,8 +181,8 @@ def compare(family: str, call: str, rows: int, width: int, device: str) -> list[
     """Times both ways of one call, forward and with the backward pass; a row of each.
 
     Returns:
-        rows with CPU or GPU times in us and the ratio Inductor ÷ operator; none for a pass that
-        has no gradient.
+        rows with CPU or GPU times in us, the ratio Inductor ÷ operator, and the time of fastprob's
+        graph by that of the faster of the two; none for a pass that has no gradient.
     """
     generator = torch.Generator().manual_seed(1)
     params = FAMILIES[family][0](generator, rows, width)
@@ -194,18 +195,17 @@ def compare(family: str, call: str, rows: int, width: int, device: str) -> list[
             which = [i for i, x in enumerate(run(*given)) if x.requires_grad or not both]
         if not which:
             continue
-        calls = [
-            _step(f, given, both) for f in _both_ways(_only(run, which), family, given, device)
-        ]
+        calls = [_step(f, given, both) for f in _all_ways(_only(run, which), family, given, device)]
         with torch.set_grad_enabled(both):
-            opaque, fused = _in_turns(calls, device)
+            opaque, fused, graph = _in_turns(calls, device)
         row = {
             "family": family,
             "call": call,
             "pass": "forward and backward" if both else "forward",
             "shape": [rows, width],
-            "us": {"operator": opaque, "Inductor": fused},
+            "us": {"operator": opaque, "Inductor": fused, "fastprob": graph},
             "ratio": fused / opaque,
+            "of_best": graph / min(opaque, fused),
             "decision": "operator" if fused / opaque > LIMIT else "Inductor",
         }
         found.append(row)
@@ -220,32 +220,53 @@ def _only(run: Function, which: Sequence[int]) -> Function:
     return some
 
 
-def _both_ways(
+def _all_ways(
     run: Function, family: str, given: Sequence[Tensor], device: str
-) -> tuple[Function, Function]:
-    """The function compiled with an operator inside, and with all of it left to Inductor."""
+) -> tuple[Function, Function, Function]:
+    """The function compiled with an operator inside, left to Inductor, and as fastprob has it."""
     torch._dynamo.reset()
     if device == "cpu":
         global _count
         _count += 1
         inside = as_operator(f"{family}_{_count}", run, given)
-        return torch.compile(inside, fullgraph=True), torch.compile(run, fullgraph=True)
+        return torch.compile(inside, fullgraph=True), _formula(run), _fresh(run, "as_it_is")
     # On a GPU the families' own operators run the kernels; the backend is asked for while tracing.
-    return _under(run, "auto"), _under(run, "reference")
+    return _under(run, "auto"), _under(run, "reference"), _under(run, "auto")
 
 
 _count = 0
 
 
-def _under(run: Function, backend: str) -> Function:
-    from fastprob.backend import using_backend
+def _fresh(run: Function, name: str) -> Function:
+    """The function compiled under a code object of its own: all would be one to the compiler."""
 
-    # A code object of its own: both would be one frame to the compiler.
     def traced(*given: Tensor) -> tuple[Tensor, ...]:
         return run(*given)
 
-    traced.__code__ = traced.__code__.replace(co_name=f"traced_{backend}")
-    compiled = torch.compile(traced, fullgraph=True)
+    traced.__code__ = traced.__code__.replace(co_name=f"traced_{name}")
+    return torch.compile(traced, fullgraph=True)
+
+
+def _formula(run: Function) -> Function:
+    """The function compiled without the operators that fastprob puts into graphs."""
+    from fastprob import lowering
+
+    compiled = _fresh(run, "formula")
+
+    def call(*given: Tensor) -> tuple[Tensor, ...]:
+        lowering.enabled = False
+        try:
+            return compiled(*given)
+        finally:
+            lowering.enabled = True
+
+    return call
+
+
+def _under(run: Function, backend: str) -> Function:
+    from fastprob.backend import using_backend
+
+    compiled = _fresh(run, backend)
 
     def call(*given: Tensor) -> tuple[Tensor, ...]:
         with using_backend(backend):
@@ -296,7 +317,7 @@ def run(args: argparse.Namespace) -> int:
     D.Distribution.set_default_validate_args(False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[dict[str, Any]] = []
-    print(f"{'us':72}{'operator':>10}{'Inductor':>10}{'ratio':>7}")
+    print(f"{'us':72}{'operator':>10}{'Inductor':>10}{'fastprob':>10}{'ratio':>7}")
     for family in FAMILIES if not args.quick else ("TanhNormal",):
         for shape in SHAPES if not args.quick else ((16, 8),):
             for call in CALLS:

@@ -445,16 +445,20 @@ def _opaque(data: Json) -> Iterable[str]:
             *(row["family"], row["call"], row["pass"], _shape(row["shape"])),
             *(_us({"p50": row["us"][name]}) for name in ("operator", "Inductor")),
             *(f"{row['ratio']:.2f}", row["decision"]),
+            *(_us({"p50": row["us"]["fastprob"]}), f"{row['of_best']:.2f}"),
         ]
         for row in data["rows"]
     ]
     kept = sum(row["decision"] == "operator" for row in data["rows"])
     what = (
-        "What a compiled graph should hold (`python -m bench opaque`): fastprob's operator in"
-        f" {kept} of {len(rows)} cases, where Inductor's own code takes {data['limit']:g} times as"
-        " long, µs"
+        "What a compiled graph should hold (`python -m bench opaque`): an operator in"
+        f" {kept} of {len(rows)} cases, where Inductor's code for the formula takes"
+        f" {data['limit']:g} times as long; and what fastprob's graph takes, µs"
     )
-    header = ["", "", "pass", "shape", "operator", "Inductor", "Inductor ÷ operator", "decision"]
+    header = [
+        *("", "", "pass", "shape", "operator", "Inductor", "Inductor ÷ operator", "decision"),
+        *("fastprob", "÷ the faster"),
+    ]
     yield _folded(what, _table(header, rows))
 
 

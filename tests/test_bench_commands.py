@@ -561,7 +561,8 @@ def test_every_file_has_its_tables_and_what_is_slower_comes_first(tmp_path):
                     "call": "mode",
                     "pass": "forward",
                     "shape": [64, 8],
-                    "us": {"operator": 10.0, "Inductor": 12.5},
+                    "us": {"operator": 10.0, "Inductor": 12.5, "fastprob": 5.0},
+                    "of_best": 0.5,
                     "ratio": 1.25,
                     "decision": "operator",
                 }
@@ -611,8 +612,8 @@ def test_every_file_has_its_tables_and_what_is_slower_comes_first(tmp_path):
         "| Delta 16×8 | 8.0 | 10.0 | **0.80** | ≥ 1.6 |\n"
         "| Delta 64×8 | 30.0 | 10.0 | 3.00 | ≥ 2 |\n\n",
         "| Delta 16×8 | 1.0 | 2.0 | 0.50 |  |",
-        "operator in 1 of 1 cases, where Inductor's own code takes 1.1 times",
-        "| Beta | mode | forward | 64×8 | 10.0 | 12.5 | 1.25 | operator |",
+        "operator in 1 of 1 cases, where Inductor's code for the formula takes 1.1 times",
+        "| Beta | mode | forward | 64×8 | 10.0 | 12.5 | 1.25 | operator | 5.0 | 0.50 |",
         "aot_eager): upstream 6 of 90; fastprob 79 of 80. There are 20,520 configurations; those"
         " that ran are the whole product, as far as it ran.",
         "- Delta / sequence: another key",

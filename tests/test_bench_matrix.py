@@ -169,11 +169,12 @@ def test_the_operator_has_the_values_and_gradients_of_the_function(family):
 
 
 @pytest.mark.parametrize(
-    ("times", "decision"), [((1.0, 1.2), "operator"), ((1.0, 1.05), "Inductor")]
+    ("times", "decision"), [((1.0, 1.2, 0.5), "operator"), ((1.0, 1.05, 0.5), "Inductor")]
 )
 def test_the_faster_way_is_decided_for_by_its_margin(times, decision, monkeypatch):
-    monkeypatch.setattr(opaque, "_both_ways", lambda run, *_: (run, run))
+    monkeypatch.setattr(opaque, "_all_ways", lambda run, *_: (run, run, run))
     monkeypatch.setattr(opaque, "_in_turns", lambda calls, device: list(times))
     rows = opaque.compare("TanhNormal", "draw and score", 4, 3, "cpu")
     assert [row["pass"] for row in rows] == ["forward", "forward and backward"]
     assert {row["decision"] for row in rows} == {decision}
+    assert {row["of_best"] for row in rows} == {0.5}

@@ -159,12 +159,10 @@ class _CategoricalBase(Fused):
         """Whether a graph holds a draw without gradients and its score as one operator."""
         given = self._given
         return (
-            torch.compiler.is_compiling()
-            and given.is_cpu
+            ops.lowered(given)
             and given.dtype in _RACED
             and not _needs_grad(given)
             and not rng.counted(generator)
-            and not backend.is_exporting()
         )
 
     def _counted(self, shape: torch.Size, stream: Any) -> Tensor:

@@ -18,8 +18,8 @@ class Functions:
     _OVERLOADS: ClassVar[dict[str, str]] = {
         "add": "Tensor", "sub": "Tensor", "mul": "Tensor", "div": "Tensor",
         "exp": "default", "log": "default", "sum": "dim_IntList", "amax": "default",
-        "argmax": "default", "gather": "default", "clamp": "default", "unsqueeze": "default",
-        "squeeze": "dim",
+        "argmax": "default", "gather": "default", "maximum": "default", "minimum": "default",
+        "squeeze": "dim", "unsqueeze": "default",
     }  # fmt: skip
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -30,7 +30,7 @@ class Functions:
     def log_score(self, probs: Any, index: Any, low: float | None) -> Any:
         """The logarithm of a row's element at an index, kept `low` away from 0 and 1."""
         p = self.squeeze(self.gather(probs, -1, self.unsqueeze(index, -1)), -1)
-        return self.log(p if low is None else self.clamp(p, low, 1 - low))
+        return self.log(p if low is None else self.minimum(self.maximum(p, low), 1 - low))
 
     def over_event(self, x: Any, ndims: int) -> Any:
         for _ in range(ndims):

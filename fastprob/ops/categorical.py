@@ -90,9 +90,17 @@ def entropy(log_probs: Tensor) -> Tensor:
 
 def largest(x: Tensor) -> Tensor:
     """The index of the largest of each row, the first of equals, int64 `[*batch]`."""
-    if torch.compiler.is_compiling() and x.is_cpu and not backend.is_exporting():
-        return torch.ops.fastprob.largest(x)
-    return x.argmax(-1)
+    return torch.ops.fastprob.largest(x) if lowered(x) else x.argmax(-1)
+
+
+def lowered(x: Tensor) -> bool:
+    """Whether a graph holds operators about a tensor that `lowering` serves."""
+    return (
+        torch.compiler.is_compiling()
+        and lowering.enabled
+        and x.is_cpu
+        and not backend.is_exporting()
+    )
 
 
 def race_score_in_graph(given: Tensor, noise: Tensor, from_probs: bool) -> tuple[Tensor, Tensor]:

@@ -174,7 +174,8 @@ def log_prob(
 def _lowered(loc: Tensor, scale: Tensor, value: Tensor, ndims: int) -> bool:
     """Whether a graph that is compiled holds the score as an operator; see `lowering`."""
     return (
-        ndims > 0
+        lowering.enabled
+        and ndims > 0
         and loc.is_cpu
         and loc.dtype is scale.dtype is value.dtype is _fp32
         and loc.shape == scale.shape == value.shape
