@@ -332,11 +332,7 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             dist = self._build(**kwargs)
         except TypeError as err:
             raise self._mismatch(err, kwargs) from err
-        if not isinstance(dist, Fused):
-            return recognize(dist)
-        if _is_compiling():
-            dist._traced = {}
-        return dist
+        return dist if isinstance(dist, Fused) else recognize(dist)
 
     def build_dist_from_params(self, tensordict: TensorDictBase) -> D.Distribution:
         """The same as `get_dist`, also where a subclass overrides that."""

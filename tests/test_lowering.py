@@ -178,3 +178,46 @@ def test_operators_pass_opcheck(name):
         torch.vmap(op, in_dims=(0, None, None))(torch.stack([x, -x]), noise, False)[0])  # fmt: skip
     first = op(x) if name == "largest" else op(x, noise, False)[0]
     assert torch.equal(batched[0], first)
+
+
+# points of continuous families --------------------------------------------------------------
+
+
+def test_the_steps_to_a_tanh_normals_mode_are_not_run_again_by_the_backward_pass():
+    draw = torch.Generator().manual_seed(2)
+    # Far from where 1 - tanh^2 is all rounding.
+    loc, scale = torch.rand(2, 40, 8, generator=draw)
+    leaves = loc.requires_grad_(), scale.mul(0.4).add(0.1).requires_grad_()
+
+    def function(loc, scale):
+        return distributions.TanhNormal(loc, scale).mode
+
+    expected, found, _ = both(function, *leaves)
+    assert torch.allclose(found, expected, atol=1e-6)
+    weights = torch.randn(40, 8, generator=draw)
+    for f, e in zip(
+        torch.autograd.grad(found, leaves, weights), torch.autograd.grad(expected, leaves, weights),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.allclose(f, e, rtol=1e-4, atol=1e-5)
+    forward, backward = run_and_get_code(
+        lambda: torch.compile(function, fullgraph=True)(*leaves).sum().backward()
+    )[1]
+    assert forward.count(".tanh()") >= 64
+    assert backward.count(".tanh()") <= 2
+    assert "= torch.ops.fastprob" not in forward + backward
+
+
+def test_a_truncated_normals_mode_is_clamped_to_numbers():
+    draw = torch.Generator().manual_seed(2)
+    loc = torch.randn(40, 8, generator=draw).requires_grad_()
+
+    def function(loc):
+        return distributions.TruncatedNormal(loc, torch.ones(40, 8), low=-0.5, high=0.7).mode
+
+    expected, found, _ = both(function, loc)
+    assert torch.equal(found, expected)
+    assert torch.equal(expected, loc.clamp(-0.5, 0.7))
+    grads = [torch.autograd.grad(x.sum(), loc)[0] for x in (found, expected)]
+    assert torch.equal(*grads)
+    assert torch.equal(grads[1], ((loc >= -0.5) & (loc <= 0.7)).float())

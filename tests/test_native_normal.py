@@ -149,7 +149,7 @@ def test_score_and_entropy_in_both_passes(make, rows):
     code = both_passes(make, *parameters(rows, 8))
     assert (CALL in code) is (rows * 8 >= native_normal.LEAST)
     assert "torch.ops.fastprob" not in code
-    if rows == ROWS and make is by_module:
+    if rows == ROWS:
         # One pass gives score and entropy, one their gradients.
         assert code.count(CALL) == 2
 

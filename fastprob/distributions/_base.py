@@ -38,8 +38,8 @@ class Fused(D.Distribution):
     # What the kernels clamp a value to after they have scored it, see `carry`.
     _bounds_of_value: Any = None
 
-    # What log_prob and entropy share in a graph that is compiled, where a module made the
-    # distribution in that graph; one from outside of it must not take a graph's results with it.
+    # What log_prob and entropy share in a graph that is compiled, for a distribution that was made
+    # in that graph; one from outside of it must not take a graph's results with it.
     _traced: dict[str, Any] | None = None
 
     def _draw(

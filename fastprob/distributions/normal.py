@@ -25,6 +25,8 @@ from fastprob.ops._fused import given
 from fastprob.ops.extractor import Mapping
 from fastprob.reference._chunks import rows_per_piece
 
+_is_compiling = torch.compiler.is_compiling
+
 
 class _NormalBase(Fused):
     """Draws and scores of a Normal whose last `_ndims` dimensions are one event."""
@@ -90,9 +92,9 @@ class _NormalBase(Fused):
     def _memo(self) -> dict[str, Any] | None:
         """What scores of this scale share; None where nothing is worth keeping.
 
-        In a graph, only for a distribution that a module has made in the same graph.
+        In a graph, only for a distribution that was made in the same graph.
         """
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             return self._traced
         scale = self.scale
         if not scale.requires_grad or scale.is_inference():
@@ -195,6 +197,8 @@ class IndependentNormal(_NormalBase, D.Independent):
             self._validate_args = validate_args
         self.tanh_loc = tanh_loc
         self.upscale = upscale
+        if _is_compiling():
+            self._traced = {}
         if not self._validate_args and _alike(loc, scale) and event_dim <= loc.ndim:
             # Nothing to convert and nothing to check: two frames fewer on the way of a call.
             self.loc = loc

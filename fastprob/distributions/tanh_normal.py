@@ -165,7 +165,7 @@ class TanhNormal(Fused):
             unit = reference.mean(loc, scale)
             value = unit * bounds.half + bounds.mid
             return value, self.log_prob(value) if score else None
-        x = reference.mode(loc, scale) if interaction is MODE else loc
+        x = ops.mode(loc, scale) if interaction is MODE else loc
         value = ops.squash(x, bounds)
         log_prob = ops.log_prob_before(loc, scale, x, bounds, self._ndims) if score else None
         if self._bounds_of_value is not None:

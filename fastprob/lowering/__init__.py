@@ -18,9 +18,10 @@ operator then runs as it is.
 
 from fastprob.lowering._categorical import offer_categorical
 from fastprob.lowering._draws import offer
+from fastprob.lowering._functions import offer_kept
 from fastprob.lowering._normal import offer_score
 
-__all__ = ["enabled", "offer", "offer_categorical", "offer_score"]
+__all__ = ["enabled", "offer", "offer_categorical", "offer_kept", "offer_score"]
 
 # Whether graphs hold the operators of scores, modes and draws' scores that Inductor lowers, or is
 # faster with as they are; `python -m bench opaque` compares both. Draws are operators either way.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -36,6 +37,20 @@ class Functions:
         for _ in range(ndims):
             x = self.unsqueeze(x, -1)
         return x
+
+
+def offer_kept(op: Any) -> None:
+    """Has Inductor lower `kept`, called as `offer` is: a tensor that both passes of a graph share.
+
+    Args:
+        op: the overload; an operator's result is not computed again in the backward pass.
+    """
+    if "kept" in registered or "torch._inductor.lowering" not in sys.modules:
+        return
+    registered.add("kept")
+    from torch._inductor import lowering
+
+    lowering.register_lowering(op, type_promotion_kind=None)(lambda x: x)
 
 
 def numel(size: Any) -> Any:

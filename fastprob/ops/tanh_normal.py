@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastprob import backend
+from fastprob import backend, lowering
 from fastprob.ops import _random, normal
 from fastprob.ops._autograd import over_event, sum_to, wants_function
 from fastprob.ops._fused import Bounds as Clamped
@@ -187,6 +187,28 @@ def log_prob(loc: Tensor, scale: Tensor, value: Tensor, bounds: Bounds, ndims: i
     # The Jacobian depends on the value alone: the gradients are those of a Normal.
     jacobian = reference.log_jacobian(x, bounds.log_half, ndims)
     return normal.log_prob(loc, scale, x, ndims) - jacobian
+
+
+def mode(loc: Tensor, scale: Tensor) -> Tensor:
+    """The x at the highest density of tanh(x), `[*batch, *event]`; differentiable once."""
+    in_graph = torch.compiler.is_compiling() and not backend.is_exporting()
+    # A graph with gradients would run the 64 steps again in its backward pass: 14.3 ms in both
+    # passes at 4096 x 8, where eager mode takes 12.5.
+    return reference.mode(loc, scale, torch.ops.fastprob.kept if in_graph else None)
+
+
+def _kept_fake(x):
+    lowering.offer_kept(torch.ops.fastprob.kept.default)
+    return torch.empty_like(x)
+
+
+register(
+    "kept",
+    "(Tensor x) -> Tensor",
+    torch.clone,
+    _kept_fake,
+    vmap=lambda info, in_dims, x: (torch.ops.fastprob.kept(x), in_dims[0]),
+)
 
 
 # the kernels' operators ---------------------------------------------------------------------

@@ -12,7 +12,7 @@ saturates (off by 16,312 at |loc| = 50, TorchRL's issue 4080).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -402,7 +402,7 @@ def _fold(grad: Tensor, parameter: Tensor) -> Tensor:
     return grad.sum(tuple(range(samples))) if samples else grad
 
 
-def mode(loc: Tensor, scale: Tensor) -> Tensor:
+def mode(loc: Tensor, scale: Tensor, keep: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The x at the highest density of tanh(x).
 
     The density of y = tanh(x) is stationary where x = loc + 2 scale^2 tanh(x). The highest of the
@@ -414,6 +414,7 @@ def mode(loc: Tensor, scale: Tensor) -> Tensor:
     Args:
         loc: mean before tanh, `[*batch, *event]`.
         scale: standard deviation before tanh, `[*batch, *event]`.
+        keep: applied to the root before it is differentiated.
 
     Returns:
         `[*batch, *event]`; where loc is 0 and the two sides are equally high, the positive one.
@@ -430,6 +431,8 @@ def mode(loc: Tensor, scale: Tensor) -> Tensor:
         x = torch.where(loc < 0, -x, x)
     if not (torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad)):
         return x
+    if keep is not None:
+        x = keep(x)
     # One step whose derivative is that of the root: its residual is 0 up to rounding.
     t = torch.tanh(x)
     # Where three roots meet it is 0, which must not make a NaN of the value.
