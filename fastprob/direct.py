@@ -166,6 +166,24 @@ class Straight:
         entries[self.score] = score
         return True
 
+    def dist(self, module: Any, tensordict: Any) -> Any:
+        """The distribution of a call in a graph that is being made.
+
+        Args:
+            module: the module called.
+            tensordict: a `TensorDict`.
+
+        Returns:
+            the distribution; None where the general way is to build it, or to say what is wrong.
+        """
+        if module.distribution_kwargs:
+            return None
+        entries = tensordict._tensordict
+        loc, scale = entries.get(self.loc), entries.get(self.scale)
+        if not isinstance(loc, Tensor) or not isinstance(scale, Tensor):
+            return None
+        return TanhNormal(loc, scale) if self.squashed else IndependentNormal(loc, scale)
+
     def trace(self, module: Any, tensordict: Any) -> bool:
         """Makes the call in a graph that is being made, if it is one of those.
 

@@ -313,6 +313,12 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
             KeyError: if a key is missing, naming those that are there.
             TypeError: if the keywords do not match the distribution's.
         """
+        if _is_compiling() and type(tensordict) is TensorDict:
+            straight = self._straight
+            if straight is not None and straight is not _UNSET:
+                dist = straight.dist(self, tensordict)
+                if dist is not None:
+                    return dist
         kwargs: dict[Any, Any] = {}
         direct: Any = tensordict._tensordict if type(tensordict) is TensorDict else None
         for keyword, key in zip(self.dist_keys, self.in_keys, strict=True):

@@ -8,6 +8,8 @@ from torch.autograd import forward_ad
 
 from fastprob.reference._reduce import plain_tensors_only
 
+_grad_enabled = torch.is_grad_enabled
+
 
 def wants_function(*tensors: Tensor) -> bool:
     """Whether a hand-written backward serves this call.
@@ -15,7 +17,7 @@ def wants_function(*tensors: Tensor) -> bool:
     True in plain eager mode where one of the tensors needs a gradient. Compilers, functorch
     transforms and forward-mode differentiation get the plain formula, which they can see through.
     """
-    if not torch.is_grad_enabled():
+    if not _grad_enabled():
         return False
     for tensor in tensors:
         if tensor.requires_grad:
