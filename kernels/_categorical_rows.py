@@ -89,7 +89,7 @@ def offsets(first, r, k, rows, row_stride, column_stride, A: tl.constexpr, LAYOU
         r: int32, rows from there.
         k: int32.
         rows: number of rows of the parameter, which begins anew after them.
-        row_stride: in units of 4 elements where 4 was added to LAYOUT.
+        row_stride: in the units that LAYOUT tells.
         column_stride: in elements.
         A: size of a row.
         LAYOUT: as there.
@@ -103,7 +103,7 @@ def offsets(first, r, k, rows, row_stride, column_stride, A: tl.constexpr, LAYOU
         if LAYOUT == 1:
             return row * A + k
         elif LAYOUT >= 4:
-            return row * (row_stride * 4) + k * column_stride
+            return row * (row_stride * (LAYOUT // 4 * 4)) + k * column_stride
         else:
             return row * row_stride + k * column_stride
 

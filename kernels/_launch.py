@@ -91,8 +91,8 @@ class Parameter(NamedTuple):
 
     Attributes:
         tensor: where it lies.
-        layout: how, in the terms of `_tile.offsets`.
-        row: row stride, in units of 4 elements where 4 was added to `layout`.
+        layout: how, in the terms of `_tile.pointers`.
+        row: row stride, in units of 4 elements where 4 was added to `layout`, of 8 where 8 was.
         column: column stride.
     """
 
@@ -137,15 +137,24 @@ def parameter(x: Tensor, ndims: int, repeated: bool) -> Parameter:
     if row is None or column is None:
         return Parameter(x.contiguous(), REPEATED if repeated else FLAT, 0, 0)
     layout = STRIDED_REPEATED if repeated else STRIDED
-    # Vectors of 4 need the address of the first as well.
-    if row % 4 == 0 and column == 1 and x.data_ptr() % 16 == 0:
-        return Parameter(x, layout + 4, row // 4, column)
+    # Vectors need the address of the first as well.
+    if column == 1 and x.data_ptr() % 16 == 0:
+        unit = _unit(row, x.dtype)
+        return Parameter(x, layout + unit // 4 * 4, row // unit, column)
     return Parameter(x, layout, row, column)
 
 
-def strided_rows(stride: int) -> tuple[int, int]:
-    """Layout and row stride of rows that lie `stride` apart, their columns side by side."""
-    return (STRIDED + 4, stride // 4) if stride % 8 == 0 else (STRIDED, stride)
+def _unit(stride: int, dtype: torch.dtype) -> int:
+    """Elements that a stride is told in: 8, 128 bits of a half precision, 4, or 1."""
+    if stride % 8 == 0 and dtype.itemsize == 2:
+        return 8
+    return 4 if stride % 4 == 0 else 1
+
+
+def strided_rows(stride: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Layout and row stride of each half of rows that lie `stride` apart, without gaps."""
+    unit = _unit(stride // 2, dtype)
+    return STRIDED + unit // 4 * 4, stride // unit
 
 
 def event_numel(shape: torch.Size, ndims: int) -> int:

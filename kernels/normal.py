@@ -506,7 +506,7 @@ def draw_backward(
         grad_loc, grad_scale = gradients(shape, loc), gradients(shape, scale)
     else:
         grad_loc, grad_scale = into.chunk(2, -1)
-        out, out_row = strided_rows(2 * a)
+        out, out_row = strided_rows(2 * a, into.dtype)
     total = grad_loc.numel()
     if total == 0:
         return torch.zeros_like(loc), torch.zeros_like(scale)

@@ -40,9 +40,19 @@ def tiling(grid: Grid, a: int) -> dict[str, int | bool]:
     }  # fmt: skip
 
 
+# Layouts of rows that lie apart, by strides that are multiples of 128 bits: those of a raw output
+# of loc and scale side by side, of chunks, and of a row that the batch repeats.
+APART = {"fp32": 6, "bf16": 10, "fp16": 10}
+
+
 def columns(flags: dict[str, int]) -> dict[str, int]:
     """The column strides of strided parameters: 1 is a constant to Triton, or no vector is read."""
-    return {"loc_column": 1, "scale_column": 1} if flags.get("LOC") == 6 else {}
+    return {"loc_column": 1, "scale_column": 1} if flags.get("LOC", 0) >= 6 else {}
+
+
+def vectors(dtype: str, count: int, warps: int) -> int:
+    """Loads or stores of 128 bits that a thread needs for `count` elements of a program."""
+    return count * _size(dtype) // (32 * warps) // 16
 
 
 def _size(dtype: str) -> int:
@@ -71,10 +81,13 @@ def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = Fals
     moved = (3 + bool(given["MAP"]) + given["SCORE"] / a) * _size(dtype)
     # A wide row is one program, chunk by chunk.
     elements = grid.count if grid.wide else grid.tile
+    each = vectors(dtype, grid.count, grid.warps)
     return Case(
         f"normal-{name}", normal.draw_kernel, types(dtype), constants, grid.warps, elements,
         moved, None if grid.wide else slots, vectors=given["CLAMP"] != 2 and not grid.wide,
         everywhere=everywhere,
+        # Of loc and scale, which have vectors of their own where their rows lie apart.
+        accesses=(2 * each, (1 + given["MAP"]) * each) if columns(flags) else None,
     )  # fmt: skip
 
 
@@ -91,9 +104,11 @@ def draw_backward(
         **columns(flags),
     }  # fmt: skip
     name = "-".join([f"draw-backward-{a}-{dtype}", *(f"{k}={v}" for k, v in flags.items())])
+    each = vectors(dtype, count, warps)
     return Case(
         f"normal-{name}", normal.draw_backward_kernel, types(dtype), constants, warps, count,
         (5 + 1 / a) * _size(dtype), slots, everywhere=everywhere,
+        accesses=(3 * each, 2 * each) if columns(flags) else None,
     )  # fmt: skip
 
 
@@ -153,10 +168,18 @@ CASES = [
     draw(257, "fp32", 42),
     draw(4096, "fp32"),
     draw(1500, "fp32"),
-    # Layout 6: rows of a raw output of loc and scale side by side.
+    # From a raw output.
     draw(8, "fp32", 65, MAP=1, LOC=6, SCALE=6),
+    draw(8, "bf16", 62, MAP=1, LOC=10, SCALE=10, everywhere=True),
+    # Chunks of a tensor.
+    draw(8, "bf16", 42, LOC=10, SCALE=10, everywhere=True),
+    draw(24, "bf16", 44, LOC=10, SCALE=10, everywhere=True),
+    draw(12, "fp32", 42, LOC=6, SCALE=6),
     draw_backward(8, "fp32", 37, everywhere=True),
     draw_backward(8, "fp32", 88, MAP=1, LOC=6, SCALE=6, OUT=6),
+    draw_backward(8, "bf16", 78, MAP=1, LOC=10, SCALE=10, OUT=10, everywhere=True),
+    draw_backward(8, "bf16", 48, LOC=10, SCALE=10, everywhere=True),
+    draw_backward(24, "fp32", 56, LOC=6, SCALE=6),
     draw_backward(8, "bf16", 46),
     draw_backward(17, "fp32", 47),
     score(8, "fp32", 17, everywhere=True),

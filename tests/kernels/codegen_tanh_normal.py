@@ -9,7 +9,7 @@ import torch
 from fastprob.kernels import tanh_normal
 from fastprob.kernels._launch import FLAT_TILE, forward_grid
 from tests.kernels import codegen_normal
-from tests.kernels.codegen_normal import ROWS, tiling
+from tests.kernels.codegen_normal import APART, ROWS, tiling, vectors
 from tests.kernels.machine import Case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,11 +41,12 @@ def _ranges(span: int, clamp: int) -> dict[str, bool]:
     }  # fmt: skip
 
 
-def _extracted(kernel: Any, wanted: bool) -> dict[str, Any]:
+def _extracted(kernel: Any, dtype: str, wanted: bool) -> dict[str, Any]:
     """The constants of a scale that is mapped, from a raw output of loc and scale side by side."""
-    layout = {"MAP": 1, "LOC": 6, "SCALE": 6} if wanted else {"MAP": 0, "LOC": 0, "SCALE": 0}
+    rows = APART[dtype] if wanted else 0
+    layout = {"MAP": int(wanted), "LOC": rows, "SCALE": rows}
     if "OUT" in kernel.arg_names:
-        layout |= {"MAPPED": -1, "OUT": 6 if wanted else 0}
+        layout |= {"MAPPED": -1, "OUT": rows}
     if wanted:
         # A stride of 1 is a constant to Triton, or no load would be of a vector.
         layout |= {"loc_column": 1, "scale_column": 1}
@@ -72,15 +73,17 @@ def draw(
         "LIMIT": tanh_normal.LIMITS[DTYPES[dtype]], "CLAMP": clamp, "HOST": not random,
         "ADVANCE": random, "KEEP": False, "FAST": True, "seed": None, "call": None, "used": None,
         **_none(kernel, {**_ranges(span, clamp), "state": random, "ticket": random}),
-        **_extracted(kernel, extracted),
+        **_extracted(kernel, dtype, extracted),
     }  # fmt: skip
     name = f"tanh-normal-draw-{a}-{dtype}-span={span}-clamp={clamp}-kind={kind}"
     name += "-extracted" if extracted else ""
+    each = vectors(dtype, grid.count, grid.warps)
     # A wide row is one program, chunk by chunk.
     return Case(
         name, kernel, _types(dtype), constants, grid.warps, grid.count if grid.wide else grid.tile,
         (3 + extracted + 1 / a) * _size(dtype), slots,
         vectors=span != 2 and clamp != 2 and not grid.wide, everywhere=everywhere,
+        accesses=(2 * each, 2 * each) if extracted else None,
     )  # fmt: skip
 
 
@@ -102,12 +105,14 @@ def draw_backward(
         "BY_VALUE": True, "BY_SCORE": True, "SPAN": span,
         "LIMIT": tanh_normal.LIMITS[DTYPES[dtype]], "CLAMP": clamp, "FAST": True,
         **_none(kernel, {**_ranges(span, clamp), "used": kind == tanh_normal.RANDOM}),
-        **_extracted(kernel, extracted),
+        **_extracted(kernel, dtype, extracted),
     }  # fmt: skip
     name = f"tanh-normal-draw-backward-{a}-{dtype}-span={span}-clamp={clamp}-kind={kind}"
     return Case(
         name + ("-extracted" if extracted else ""), kernel, _types(dtype), constants, warps, count,
         (5 + 1 / a) * _size(dtype), slots, everywhere=everywhere,
+        accesses=(3 * vectors(dtype, count, warps), 2 * vectors(dtype, count, warps))
+        if extracted else None,
     )  # fmt: skip
 
 
@@ -172,11 +177,13 @@ CASES = [
     draw(257, "fp32", 54, everywhere=True),
     draw(1500, "fp32"),
     draw(8, "fp32", 79, extracted=True, everywhere=True),
+    draw(8, "bf16", 77, extracted=True, everywhere=True),
     draw(8, "fp32", 51, kind=tanh_normal.MEDIAN, extracted=True, everywhere=True),
     draw(8, "fp32", 182, kind=tanh_normal.MODE, extracted=True, everywhere=True),
     draw(8, "fp32", 212, kind=tanh_normal.MEAN, extracted=True, everywhere=True),
     draw_backward(8, "fp32", 50, everywhere=True),
     draw_backward(8, "fp32", 93, extracted=True, everywhere=True),
+    draw_backward(8, "bf16", 93, extracted=True, everywhere=True),
     draw_backward(8, "fp32", 67, kind=tanh_normal.MEDIAN, extracted=True, everywhere=True),
     draw_backward(8, "fp32", 209, kind=tanh_normal.MODE, extracted=True, everywhere=True),
     draw_backward(8, "fp32", 320, kind=tanh_normal.MEAN, extracted=True, everywhere=True),

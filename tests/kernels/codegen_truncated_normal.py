@@ -11,7 +11,7 @@ from fastprob.kernels import truncated_normal
 from fastprob.kernels._launch import FLAT_TILE, forward_grid
 from fastprob.kernels.truncated_normal import Form, backward_form, forward_form
 from tests.kernels import codegen_normal
-from tests.kernels.codegen_normal import ROWS, tiling
+from tests.kernels.codegen_normal import APART, ROWS, tiling
 from tests.kernels.machine import Case
 
 
@@ -29,12 +29,13 @@ def _size(dtype: str) -> int:
     return 4 if dtype == "fp32" else 2
 
 
-def _limits(kernel: Any, tensors: bool, clamp: int, **wanted: bool) -> dict[str, Any]:
+def _limits(kernel: Any, dtype: str, tensors: bool, clamp: int, **wanted: bool) -> dict[str, Any]:
     """The bounds, numbers or tensors `[A]` that the batch repeats, and what a case leaves out."""
     layout = {"LOW": -1, "HIGH": -1}
     if tensors:
         # A stride of 1 is a constant to Triton, or no load would be of a vector.
-        layout = {"LOW": 6, "HIGH": 6, "low_column": 1, "high_column": 1}
+        rows = APART[dtype]
+        layout = {"LOW": rows, "HIGH": rows, "low_column": 1, "high_column": 1}
     wanted = {
         **wanted, "low": tensors, "high": tensors, "lo": not tensors, "hi": not tensors,
         **dict.fromkeys(("clamp_lo", "clamp_hi"), clamp == 1),
@@ -42,6 +43,11 @@ def _limits(kernel: Any, tensors: bool, clamp: int, **wanted: bool) -> dict[str,
     }  # fmt: skip
     none = {n: None for n, needed in wanted.items() if not needed and n in kernel.arg_names}
     return {**layout, **none}
+
+
+def _read(a: int, dtype: str, tensors: bool, others: int) -> int:
+    """How many tensors are loaded in whole vectors: bounds `[A]` where a row is one or more."""
+    return others + 2 * (tensors and a * _size(dtype) % 16 == 0)
 
 
 def _form(
@@ -74,7 +80,7 @@ def draw(
     form = forward_form(*how)
     kernel = truncated_normal.draw_kernel
     random = kind == truncated_normal.RANDOM
-    limits = _limits(kernel, tensors, clamp, entropy=entropy, state=random, ticket=random)
+    limits = _limits(kernel, dtype, tensors, clamp, entropy=entropy, state=random, ticket=random)
     constants = {
         **tiling(grid, a), "LOC": 0, "SCALE": 0, "KIND": kind, "SCORE": True, "ENTROPY": entropy,
         "CLAMP": clamp, "HOST": not random, "ADVANCE": random, "KEEP": False, "FAST": True,
@@ -90,7 +96,10 @@ def draw(
         grid.count if grid.wide else grid.tile,
         (3 + (1 + entropy) / a) * _size(dtype), slots, vectors=not grid.wide,
         everywhere=everywhere, nvidia=nvidia,
-        **_form(form, forward_form(*how, amd=True), grid.count, grid.warps, _size(dtype), 2, 1),
+        **_form(
+            form, forward_form(*how, amd=True), grid.count, grid.warps, _size(dtype),
+            _read(a, dtype, tensors, 2), 1,
+        ),
     )  # fmt: skip
 
 
@@ -114,7 +123,7 @@ def draw_backward(
         "A": a, "COUNT": count, "VALUE": 0, "LOC": 0, "SCALE": 0, "KIND": kind,
         "PATHWISE": True, "BY_VALUE": True, "BY_SCORE": True, "BY_ENTROPY": entropy,
         "CLAMP": clamp, "FAST": True, "CUT": form.cut,
-        **_limits(kernel, tensors, clamp, grad_entropy=entropy, used=random),
+        **_limits(kernel, dtype, tensors, clamp, grad_entropy=entropy, used=random),
     }  # fmt: skip
     name = (
         f"truncated-normal-draw-backward-{a}-{dtype}-tensors={tensors}-clamp={clamp}-"
@@ -123,7 +132,10 @@ def draw_backward(
     return Case(
         name, kernel, _types(dtype), constants, form.warps * warps, count,
         (5 + (1 + entropy) / a) * _size(dtype), slots, everywhere=everywhere, nvidia=nvidia,
-        **_form(form, backward_form(_size(dtype), amd=True), count, warps, _size(dtype), 3, 2),
+        **_form(
+            form, backward_form(_size(dtype), amd=True), count, warps, _size(dtype),
+            _read(a, dtype, tensors, 3), 2,
+        ),
     )  # fmt: skip
 
 
@@ -142,13 +154,16 @@ def score(
     kernel = truncated_normal.score_kernel
     constants = {
         **tiling(grid, a), "LOC": 0, "SCALE": 0, "VALUE": 0, "SCORE": True, "ENTROPY": entropy,
-        "FAST": True, "CUT": form.cut, **_limits(kernel, tensors, 0, entropy=entropy),
+        "FAST": True, "CUT": form.cut, **_limits(kernel, dtype, tensors, 0, entropy=entropy),
     }  # fmt: skip
     return Case(
         f"truncated-normal-score-{a}-{dtype}-tensors={tensors}-entropy={entropy}", kernel,
         _types(dtype), constants, form.warps * grid.warps, grid.tile,
         (3 + (1 + entropy) / a) * _size(dtype), slots, everywhere=everywhere,
-        **_form(form, forward_form(*how, amd=True), grid.count, grid.warps, _size(dtype), 3, 0),
+        **_form(
+            form, forward_form(*how, amd=True), grid.count, grid.warps, _size(dtype),
+            _read(a, dtype, tensors, 3), 0,
+        ),
     )  # fmt: skip
 
 
@@ -167,14 +182,16 @@ def score_backward(
     constants = {
         "A": a, "COUNT": count, "LOC": 0, "SCALE": 0, "VALUE": 0, "BY_SCORE": True,
         "BY_ENTROPY": True, "TO_VALUE": to_value, "FAST": True, "CUT": form.cut,
-        **_limits(kernel, tensors, 0, grad_value=to_value),
+        **_limits(kernel, dtype, tensors, 0, grad_value=to_value),
     }  # fmt: skip
     amd = backward_form(_size(dtype), amd=True)
     return Case(
         f"truncated-normal-score-backward-{a}-{dtype}-tensors={tensors}-value={to_value}", kernel,
         _types(dtype), constants, form.warps * warps, count,
         (5 + to_value + 3 / a) * _size(dtype), slots, everywhere=everywhere,
-        **_form(form, amd, count, warps, _size(dtype), 3, 2 + to_value),
+        **_form(
+            form, amd, count, warps, _size(dtype), _read(a, dtype, tensors, 3), 2 + to_value
+        ),
     )  # fmt: skip
 
 
@@ -184,6 +201,7 @@ ALL: dict[str, Any] = {"tensors": True, "clamp": 2, "entropy": True}
 CASES = [
     draw(8, "fp32", 142, everywhere=True),
     draw(8, "bf16", 147),
+    draw(8, "bf16", 166, tensors=True, everywhere=True),
     draw(8, "bf16", 168, tensors=True, clamp=1),
     draw(17, "fp32", 175, entropy=True),
     draw(8, "fp32", 89, kind=truncated_normal.MEAN),
@@ -191,6 +209,7 @@ CASES = [
     draw(600, "bf16", nvidia=True, **ALL),
     draw_backward(8, "fp32", 181, everywhere=True),
     draw_backward(8, "bf16", 184, everywhere=True),
+    draw_backward(8, "bf16", 198, tensors=True, everywhere=True),
     draw_backward(8, "bf16", 222, nvidia=True, **ALL),
     draw_backward(17, "fp32", nvidia=True, **ALL),
     draw_backward(17, "bf16", 241, tensors=True, clamp=1),
