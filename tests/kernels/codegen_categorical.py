@@ -70,6 +70,9 @@ def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = Fals
     }  # fmt: skip
     random = given["KIND"] == RANDOM
     given.update(HOST=not random, ADVANCE=random)
+    if given.get("GIVEN", 0) >= 4:
+        # Of rows that lie apart; a stride of 1 is a constant to Triton.
+        given["given_column"] = 1
     wanted = {
         "mask": given["MASK"] >= 0, "index": given["INDEX"], "value": value,
         "score": given["SCORE"], "entropy": given["ENTROPY"], "used": given["KEEP"],
@@ -129,6 +132,8 @@ CASES = [
     draw(18, "bf16", 29),
     draw(256, "fp32", 17, everywhere=True),
     draw(256, "bf16", 17),
+    # Chunks of a tensor: 19 slots where strides are told in units of 4.
+    draw(256, "bf16", 17, GIVEN=10),
     draw(3, "fp32", 53),
     draw(8, "fp32", 28),
     draw(64, "fp32", 21),
