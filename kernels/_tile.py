@@ -157,9 +157,10 @@ def pointers(
         if LAYOUT == 1:
             return ptr + row * A + column
         elif LAYOUT >= 4:
-            return ptr + row * (row_stride * (LAYOUT // 4 * 4)) + column * column_stride
+            begin = row * (row_stride * (LAYOUT // 4 * 4))
+            return ptr + begin + column.to(tl.int64) * column_stride
         else:
-            return ptr + row * row_stride + column * column_stride
+            return ptr + row * row_stride + column.to(tl.int64) * column_stride
 
 
 @triton.jit

@@ -6,7 +6,11 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
+from fastprob.kernels import _categorical_rows as rows_
+from fastprob.kernels import _tile as tile
 from fastprob.kernels import bernoulli, beta, categorical, normal, projection, tanh_normal
 from fastprob.kernels import truncated_normal as truncated
 from fastprob.kernels._launch import (
@@ -196,3 +200,27 @@ def test_gradients_of_a_raw_output_are_stored_side_by_side(family, a, dtype, dev
     backward(*raw.chunk(2, -1), into=into)
     apart_of_each = backward(*(x.contiguous() for x in raw.chunk(2, -1)))
     assert not into.isnan().any() and torch.equal(into, torch.cat(apart_of_each, -1))
+
+
+@triton.jit
+def _addresses(
+    out, ptr, rows, row_stride, column_stride, A: tl.constexpr, COUNT: tl.constexpr
+):  # fmt: skip
+    i = tl.arange(0, COUNT)
+    start = tl.program_id(0).to(tl.int64) * COUNT
+    at = tile.pointers(ptr, start, i, rows, row_stride, column_stride, A, COUNT, 2)
+    tl.store(out + i, at.to(tl.int64) - ptr.to(tl.int64))
+    first = tl.program_id(0).to(tl.int64)
+    by_row = rows_.offsets(first, i // A, i % A, rows, row_stride, column_stride, A, 2)
+    tl.store(out + COUNT + i, by_row)
+
+
+def test_columns_may_lie_more_than_2_to_the_31_elements_apart(device):
+    """A parameter of 8 x 2^29 elements, transposed: the last column begins at 7 * 2^29."""
+    rows, a, count = 2**29, 8, 64
+    out = torch.zeros(2, count, dtype=torch.int64, device=device)
+    _addresses[(1,)](out, torch.empty(4, device=device), rows, 1, rows, A=a, COUNT=count)
+    i = torch.arange(count)
+    expected = i // a + (i % a) * rows
+    assert expected.max() > 2**31
+    assert torch.equal(out.cpu(), torch.stack([4 * expected, expected]))
