@@ -94,12 +94,8 @@ class Straight:
             return
         spec = tuple(module._spec[self.sample].shape)
         if len(spec) == 1 and spec[0] > 1:
-            self.low, self.high, self.width, self.dtype = (
-                found.low,
-                found.high,
-                spec[0],
-                found.dtype,
-            )
+            self.low, self.high, self.dtype = found.low, found.high, found.dtype
+            self.width = spec[0]
 
     def run(self, module: Any, tensordict: Any) -> bool:
         """Makes the call, if it is one of those. Not for calls that are being compiled.

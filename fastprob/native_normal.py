@@ -6,8 +6,8 @@ many rows is halved by adding neighbours, which keeps all vectors full, and one 
 product of up to eight scales. At 4096 x 8 in fp32, on one thread: score and entropy 11 us, the
 gradients of both 12 us; Inductor's two kernels for them take 80 to 90.
 
-The source is plain C++ for the compiler's own vectorization, so that it runs on any CPU. It is
-built by what builds Inductor's CPU kernels, and checked against float64 before it is used.
+The source is plain C++ without intrinsics, for the compiler's own vectorization. It is built by
+what builds Inductor's CPU kernels, and checked against float64 before it is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor
 
 __all__ = ["available"]
 
-# Elements from which it is faster than what Inductor makes of the formula.
+# Elements from which graphs call it; compared with Inductor's code at 4096 x 8, where that takes
+# 2.6 ns an element. Where exactly they cross was not measured.
 LEAST = 2048
 # Widest event: a piece holds 1024 elements, so that wider ones leave too few rows.
 WIDEST = 64

@@ -206,18 +206,3 @@ def test_the_steps_to_a_tanh_normals_mode_are_not_run_again_by_the_backward_pass
     assert forward.count(".tanh()") >= 64
     assert backward.count(".tanh()") <= 2
     assert "= torch.ops.fastprob" not in forward + backward
-
-
-def test_a_truncated_normals_mode_is_clamped_to_numbers():
-    draw = torch.Generator().manual_seed(2)
-    loc = torch.randn(40, 8, generator=draw).requires_grad_()
-
-    def function(loc):
-        return distributions.TruncatedNormal(loc, torch.ones(40, 8), low=-0.5, high=0.7).mode
-
-    expected, found, _ = both(function, loc)
-    assert torch.equal(found, expected)
-    assert torch.equal(expected, loc.clamp(-0.5, 0.7))
-    grads = [torch.autograd.grad(x.sum(), loc)[0] for x in (found, expected)]
-    assert torch.equal(*grads)
-    assert torch.equal(grads[1], ((loc >= -0.5) & (loc <= 0.7)).float())

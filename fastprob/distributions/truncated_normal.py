@@ -155,10 +155,7 @@ class TruncatedNormal(Fused):
             )  # fmt: skip
         if interaction is MODE or interaction is MEDIAN:
             if interaction is MODE:
-                low, high = args[2:]
-                if isinstance(low, Tensor) or isinstance(high, Tensor):
-                    low, high = self._bound_tensors()
-                # Of numbers: Inductor's backward pass of a clamp to tensors goes one by one.
+                low, high = self._bound_tensors()
                 value = torch.clamp(loc, low, high)
             else:
                 half = torch.full((), 0.5, dtype=torch.float64, device=loc.device)

@@ -14,7 +14,8 @@ import torch
 
 from fastprob.lowering._functions import Functions, numel, registered
 
-# Elements from which they are faster; an operator in Python costs 7 us, a call of ATen's 2.
+# Elements from which they are taken; they were compared at 4096 x 8. An operator in Python costs
+# 7 us, a call of ATen's less.
 LEAST_LARGEST = 4096
 LEAST_RACE = 8192
 

@@ -120,9 +120,8 @@ def _largest_fake(x):
 
 
 def _race_op(given, noise, from_probs):
-    # Its last argument is used up, and belongs to the graph.
-    index, score = reference.race_score(given, noise.clone(), from_probs, True)
-    return index, score
+    # The noise is used up, and belongs to the graph.
+    return reference.race_score(given, noise.clone(), from_probs, True)
 
 
 def _race_fake(given, noise, from_probs):
