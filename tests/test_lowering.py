@@ -206,3 +206,19 @@ def test_the_steps_to_a_tanh_normals_mode_are_not_run_again_by_the_backward_pass
     assert forward.count(".tanh()") >= 64
     assert backward.count(".tanh()") <= 2
     assert "= torch.ops.fastprob" not in forward + backward
+
+
+@pytest.mark.parametrize("rows", [16, 2048])
+def test_gradients_of_transforms_in_a_graph_reach_a_categorical_draws_score(rows):
+    def function(x):
+        return torch.func.grad(
+            lambda x: distributions.Categorical(logits=x).sample_and_log_prob()[1].sum()
+        )(x)
+
+    x = torch.randn(rows, 8, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(5)
+    found = torch.compile(function, fullgraph=True)(x)
+    # Of the index that won: one less its probability, less those of the others.
+    one_hot = (found > 0).double()
+    assert (one_hot.sum(-1) == 1).all()
+    assert torch.allclose(found.double(), one_hot - x.double().softmax(-1), atol=1e-5)

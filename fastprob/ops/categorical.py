@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastprob import backend, lowering
 from fastprob.ops import _random
-from fastprob.ops._autograd import wants_function
+from fastprob.ops._autograd import outside_transforms, wants_function
 from fastprob.ops._fused import fold_samples, plain_eager, wanted, wants_gradient
 from fastprob.ops._register import lead, nothing, register
 from fastprob.reference import categorical as reference
@@ -100,6 +100,7 @@ def lowered(x: Tensor) -> bool:
         and lowering.enabled
         and x.is_cpu
         and not backend.is_exporting()
+        and outside_transforms()
     )
 
 

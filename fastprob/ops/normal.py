@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastprob import backend, lowering
 from fastprob.ops import _random
-from fastprob.ops._autograd import over_event, sum_to, wants_function
+from fastprob.ops._autograd import outside_transforms, over_event, sum_to, wants_function
 from fastprob.ops._fused import (
     Bounds,
     bounds_of,
@@ -37,7 +36,6 @@ from fastprob.ops._fused import (
 )
 from fastprob.ops._register import lead, nothing, register
 from fastprob.reference import normal as reference
-from fastprob.reference._reduce import functorch_level
 
 # A graph guards every name that it was traced through, and twice the modules that others name too.
 _grad_enabled = torch.is_grad_enabled
@@ -180,18 +178,8 @@ def _lowered(loc: Tensor, scale: Tensor, value: Tensor, ndims: int) -> bool:
         and loc.dtype is scale.dtype is value.dtype is _fp32
         and loc.shape == scale.shape == value.shape
         and not backend.is_exporting()
-        and _outside_transforms()
+        and outside_transforms()
     )
-
-
-def _outside_transforms() -> bool:
-    """Whether no functorch transform and no forward mode is traced, which the operator lacks."""
-    return functorch_level() is None and forward_ad._current_level < 0
-
-
-# What `torch.compiler.assume_constant_result` does, which imports all of dynamo: it is evaluated
-# when a graph is made, and dynamo guards the transforms itself.
-_outside_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def entropy(scale: Tensor, ndims: int, memo: dict[str, Any] | None = None) -> Tensor:

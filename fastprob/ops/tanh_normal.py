@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastprob import backend, lowering
 from fastprob.ops import _random, normal
-from fastprob.ops._autograd import over_event, sum_to, wants_function
+from fastprob.ops._autograd import outside_transforms, over_event, sum_to, wants_function
 from fastprob.ops._fused import Bounds as Clamped
 from fastprob.ops._fused import (
     bounds_of,
@@ -191,7 +191,7 @@ def log_prob(loc: Tensor, scale: Tensor, value: Tensor, bounds: Bounds, ndims: i
 
 def mode(loc: Tensor, scale: Tensor) -> Tensor:
     """The x at the highest density of tanh(x), `[*batch, *event]`; differentiable once."""
-    in_graph = torch.compiler.is_compiling() and not backend.is_exporting()
+    in_graph = torch.compiler.is_compiling() and not backend.is_exporting() and outside_transforms()
     # A graph with gradients would run the 64 steps again in its backward pass: 14.3 ms in both
     # passes at 4096 x 8, where eager mode takes 12.5.
     return reference.mode(loc, scale, torch.ops.fastprob.kept if in_graph else None)
