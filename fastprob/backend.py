@@ -41,6 +41,11 @@ def is_exporting() -> bool:
     return _compiler._is_exporting_flag
 
 
+# Asked when a graph is made, whose calls need not ask again: no graph of `torch.compile` serves an
+# export. What `torch.compiler.assume_constant_result` does, which imports all of dynamo.
+is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def set_backend(name: str) -> None:
     """Chooses the implementation of all calls from now on.
 

@@ -140,15 +140,18 @@ def sample_score(
     The tanh serves both: `log(1 - tanh(x)^2) = 2 (log(1 + |tanh(x)|) - |x|)`, whose logarithm that
     of the scale takes in. An exponential and a logarithm fewer: 4.9 -> 3.2 ms for 65536 x 16 under
     Inductor, the noise apart. In eager mode these are four operations more.
+
+    Methods, not functions of torch: a graph guards the latter, and calls into Python where one is
+    reached by way of two modules.
     """
-    x = normal.sample(loc, scale, noise)
-    y = torch.tanh(x)
+    x = loc.addcmul(noise, scale)
+    y = x.tanh()
     if safe and y.dtype in (torch.float32, torch.float64):
         # Then the score reads the value, and no second buffer is filled: 6.1 -> 5.0 ms in all. It
         # costs a saturated element 1e-6 of its score; half precisions limit at 0.99.
         y, safe = _limited(y), False
     grown = y.abs() + 1.0
-    energy = torch.addcmul(torch.log(scale * (grown * grown)), noise, noise, value=0.5)
+    energy = (scale * (grown * grown)).log().addcmul(noise, noise, value=0.5)
     energy = energy - 2.0 * x.abs()
     if isinstance(log_half, float):
         total = affine_sum(energy, ndims, -HALF_LOG_2PI - log_half, -1, False)
