@@ -28,6 +28,7 @@ from fastprob import io as _io
 from fastprob import keys as _keys
 from fastprob.distributions import IndependentNormal, TanhNormal
 from fastprob.distributions._base import RANDOM
+from fastprob.ops._autograd import outside_transforms
 from fastprob.ops.projection import Clamp
 from fastprob.reference._chunks import PIECE
 from fastprob.reference._reduce import WIDEST, functorch_level, kept_vectors, vectors
@@ -37,6 +38,7 @@ from fastprob.rng import DRAWS
 from fastprob.rng import TOKEN as _token
 
 _standard_normal = DRAWS.standard_normal.default
+_only_normal = DRAWS.standard_normal.alone
 _types = _interaction._mode
 _skipping = _io._skip_existing
 _aggregation = _keys._aggregate_switch
@@ -71,6 +73,26 @@ def _settled_projection(module: Any, sample: str) -> tuple[Any, ...]:
         if len(spec) == 1 and spec[0] > 1:
             return True, spec[0], found.low, found.high, found.dtype
     return module._projections is not None, None, None, None, None
+
+
+def _graph() -> str:
+    """What is being made: an `"export"`, the `"whole"` graph of this call, or a `"part"` of one.
+
+    A graph that begins with the call of the module ends with it as well, and holds one draw.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    from fastprob.modules import ProbabilisticTensorDictModule
+
+    if backend.is_exporting():
+        return "export"
+    root = InstructionTranslator.current_tx().f_code
+    whole = root is ProbabilisticTensorDictModule.forward.__code__ and outside_transforms()
+    return "whole" if whole else "part"
+
+
+# As for `outside_transforms`.
+_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -251,8 +273,9 @@ class Straight:
         settings = self.settings()
         loc_key, scale_key, sample, score_key, squashed, aggregate, random = settings[:7]
         interaction, skips, sums = _modes()
+        graph = _graph()
         if (
-            backend.is_exporting()
+            graph == "export"
             or skips
             or module.distribution_kwargs
             or _Distribution._validate_args
@@ -279,7 +302,10 @@ class Straight:
             or shape[:ndim] != batch_size
         ):
             return False
-        noise = _standard_normal(shape, loc, _token)
+        if graph == "whole":
+            noise = _only_normal(shape, loc)
+        else:
+            noise = _standard_normal(shape, loc, _token)
         if squashed:
             value, score = tanh_sample_score(loc, scale, noise, 1.0, 0.0, 0.0, True, 1)
         else:

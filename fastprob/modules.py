@@ -16,6 +16,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch import distributions as D
 
+from fastprob.calls import Called
 from fastprob.counter import CounterStream
 from fastprob.direct import Straight
 from fastprob.distributions import CompositeDistribution, Delta, recognize, resolve
@@ -43,7 +44,7 @@ def _draws(dist: D.Distribution, interaction: InteractionType) -> bool:
     return not isinstance(dist, Fused)
 
 
-class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule):
+class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule, Called):
     """The probabilistic head of a policy, as one operation a call.
 
     Reads the parameters of a distribution from a tensordict, takes a value by the interaction type,

@@ -14,6 +14,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch import distributions as D
 
+from fastprob.calls import Called
 from fastprob.distributions import CompositeDistribution
 from fastprob.distributions._any import take
 from fastprob.distributions._base import EMPTY
@@ -45,7 +46,7 @@ def _takes(cls: type, name: str) -> bool:
     return any(p.name == name or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequential):
+class ProbabilisticTensorDictSequential(_upstream.ProbabilisticTensorDictSequential, Called):
     """A sequence of tensordict modules with at least one probabilistic one, as a rule the last.
 
     A drop-in for `tensordict.nn`'s class of the same name, and a subclass of it. Modules that are

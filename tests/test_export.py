@@ -124,6 +124,17 @@ def test_a_file_and_back(tmp_path):
     assert keys(td) == ["obs"]
     torch.manual_seed(0)
     assert_same(out, module(td, TensorDict(batch_size=[4]), interaction_type="random"))
+    # What fitted before does not vouch for a tensordict of another kind.
+    loaded(given(33))
+    td = given(33)
+    other = TensorDict(batch_size=[32])
+    with pytest.raises(RuntimeError, match=r"cannot write 'loc' of shape"):
+        loaded(td, other)
+    assert keys(other) == []
+    with pytest.raises(RuntimeError, match="lock"):
+        loaded(given(33).lock_())
+    assert loaded(td, TensorDict(batch_size=[]))["action"].shape == (33, ACTIONS)
+    assert loaded(given(33).to("cpu"))["action"].device == torch.device("cpu")
     with pytest.raises(KeyError, match=r"reads 'obs'.*it has \['other'\]"):
         loaded(TensorDict(other=torch.zeros(3, OBS), batch_size=[3]))
     for bad in (torch.zeros(3, OBS + 1), torch.zeros(3, OBS, dtype=torch.float64)):

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictSequential
+from torch import distributions as D
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 
+import fastprob as fp
 from fastprob import distributions, rng
 
 DRAWS = {
@@ -222,3 +226,98 @@ def test_gradients_of_transforms_in_a_graph_reach_a_categorical_draws_score(rows
     one_hot = (found > 0).double()
     assert (one_hot.sum(-1) == 1).all()
     assert torch.allclose(found.double(), one_hot - x.double().softmax(-1), atol=1e-5)
+
+
+def policy_call(grad):
+    """A module, its parameters, and the operators of a graph that its compiled call is."""
+    module = fp.ProbabilisticTensorDictModule(
+        ["loc", "scale"],
+        ["action"],
+        distribution_class=distributions.IndependentNormal,
+        default_interaction_type="random",
+        return_log_prob=True,
+    )
+    loc = torch.zeros(5, 3, requires_grad=grad)
+    return module, TensorDict(loc=loc, scale=torch.ones(5, 3), batch_size=[5])
+
+
+def operators(function, *args):
+    """The targets of the graph's calls, as dynamo hands it over."""
+    found = []
+
+    def backend(graph, inputs):
+        found.extend(n.target for n in graph.graph.nodes if n.op == "call_function")
+        return graph.forward
+
+    torch.compile(function, backend=backend, fullgraph=True)(*args)
+    return found
+
+
+ALONE = torch.ops.fastprob.standard_normal.alone
+ORDERED = torch.ops.fastprob.standard_normal.default
+
+
+@pytest.fixture
+def unchecked():
+    before = D.Distribution._validate_args
+    D.Distribution.set_default_validate_args(False)
+    yield
+    D.Distribution.set_default_validate_args(before)
+
+
+def test_only_a_graph_that_is_the_call_does_without_the_token(unchecked):
+    module, td = policy_call(False)
+    found = operators(module, td.copy())
+    assert ALONE in found and ORDERED not in found
+    for function in (
+        lambda td: module(td),
+        TensorDictSequential(module),
+        type("Heir", (type(module),), {"forward": lambda self, td: module(td)})(["loc"]),
+    ):
+        torch._dynamo.reset()
+        found = operators(function, td.copy())
+        assert ORDERED in found and ALONE not in found
+    # What follows a graph break is a graph of its own, with the call of the module in it.
+    torch._dynamo.reset()
+
+    def broken(td):
+        torch._dynamo.graph_break()
+        first = module(td.copy())
+        return first, module(td.copy())
+
+    torch.manual_seed(0)
+    expected = broken(td)
+    torch.manual_seed(0)
+    for one, other in zip(torch.compile(broken)(td), expected, strict=True):
+        assert torch.equal(one["action"], other["action"])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_the_draw_of_a_whole_graph_is_eager_modes(unchecked, backend, grad):
+    module, td = policy_call(grad)
+    call = torch.compile(module, backend=backend, fullgraph=True)
+    results = []
+    for each in (module, call):
+        torch.manual_seed(7)
+        results.append([each(td.copy()) for _ in range(3)] + [torch.randn(2)])
+    *expected, after = results[0]
+    *found, state = results[1]
+    assert torch.equal(after, state)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one["action"], other["action"])
+        assert torch.allclose(one["sample_log_prob"], other["sample_log_prob"])
+        assert one["action"].requires_grad is grad
+    assert not torch.equal(found[0]["action"], found[1]["action"])
+
+
+def test_the_token_is_read_by_several_draws_alone():
+    def function(x):
+        return rng.standard_normal(x.shape, x)
+
+    like = torch.ones(5, 4)
+    *_, one = both(function, like)
+    *_, two = both(lambda x: function(x) + function(x), like)
+    assert not any("assert_size_stride(arg1_1, (), ()" in text for text in one)
+    assert any(".normal_()" in text for text in one)
+    assert any("assert_size_stride(arg1_1, (), ()" in text for text in two)
