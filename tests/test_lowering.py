@@ -318,6 +318,6 @@ def test_the_token_is_read_by_several_draws_alone():
     like = torch.ones(5, 4)
     *_, one = both(function, like)
     *_, two = both(lambda x: function(x) + function(x), like)
-    assert not any("assert_size_stride(arg1_1, (), ()" in text for text in one)
+    assert not any("del arg1_1" in text for text in one)
     assert any(".normal_()" in text for text in one)
-    assert any("assert_size_stride(arg1_1, (), ()" in text for text in two)
+    assert any("del arg1_1" in text for text in two)
