@@ -51,7 +51,7 @@ class Grid(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_grid(rows: int, a: int, lead: bool = False) -> Grid:
+def forward_grid(rows: int, a: int, lead: bool = False, larger: bool = True) -> Grid:
     """The tiles for `rows` rows of `a` elements, whose rows are summed.
 
     Args:
@@ -59,6 +59,7 @@ def forward_grid(rows: int, a: int, lead: bool = False) -> Grid:
         a: their size.
         lead: whether a tile may begin up to 3 elements before its first row, see `_tile.begin`.
             The Normal's draw takes 38 issue slots an element with it at A = 257, 47 without.
+        larger: whether a tile may have 4096 elements; where not, `lead` is needed.
     """
     few = rows * a < FEW
     if a & (a - 1) == 0 and a <= LARGE[0]:
@@ -67,11 +68,12 @@ def forward_grid(rows: int, a: int, lead: bool = False) -> Grid:
         return Grid(-(-rows // own), count, count, own, own, False, False, warps)
     if a * 4 <= LARGER[0]:
         sizes = (SMALL, LARGE, LARGER) if few else (LARGE, LARGER)
+        sizes = sizes if larger else sizes[:-1]
         # Whole rows, a multiple of 4: a tile begins with a group of the noise. The smallest tile
         # that is at least three quarters full, or the fullest.
         fitting = [(c, w, c // a // 4 * 4) for c, w in sizes if a * 4 <= c]
         if lead and all(s[2] * a * 8 < s[0] * 7 for s in fitting):
-            fitting = [(c, w, (c - 3) // a) for c, w, _ in fitting]
+            fitting = [(c, w, (c - 3) // a) for c, w in sizes if a * 4 <= c or not larger]
             fitting = [max(fitting, key=lambda s: s[2] * a / s[0])]
         full = [s for s in fitting if s[2] * a * 4 >= s[0] * 3]
         count, warps, own = full[0] if full else max(fitting, key=lambda s: s[2] * a / s[0])

@@ -40,6 +40,7 @@ from torch import Tensor
 from fastprob.kernels._halves import BLOCKS, EIGHTS, WHOLE
 from fastprob.kernels._launch import (
     NO_STATE,
+    Grid,
     State,
     bounds_of,
     event_numel,
@@ -86,24 +87,37 @@ class Form(NamedTuple):
     registers: int
 
 
-def forward_form(size: int, plain: bool, warps: int, amd: bool = False) -> Form:
-    """The form of kernels that sum rows: 8 elements a thread, 4 on AMD.
+def forward_form(
+    size: int, tensors: bool, entropy: bool, rows: int, a: int, amd: bool = False
+) -> tuple[Grid, Form]:
+    """The tiles and the form of kernels that sum rows: 8 elements a thread, 4 on AMD.
 
     128 registers let two programs of 8 warps share a multiprocessor, where one of 184 had it for
     itself, and are all that one of 16 warps can have. In halves an element takes 6 to 9 issue slots
-    more, which a draw and its score by themselves are spared: they take 122 registers whole.
+    more, which a draw and its score by themselves are spared: they take 122 registers whole. With
+    all that can be asked, 8 elements take 2 to 4 more than there are: where 4 are the largest
+    vector, a thread has 4, in tiles of 2048 at most, as of 4096 that would be 32 warps, with 64
+    registers each.
 
     Args:
         size: bytes of an element of loc.
-        plain: whether bounds are two numbers and no entropy is wanted.
-        warps: those of the tile.
+        tensors: whether bounds are tensors.
+        entropy: whether the entropy is wanted.
+        rows: how many rows there are.
+        a: their size.
         amd: whether it runs on AMD.
     """
+    grid = forward_grid(rows, a, True)
+    full = tensors and entropy and (size == 4 or grid.tile % 8 != 0)
+    if full:
+        grid = forward_grid(rows, a, True, False)
     if amd:
-        return Form(WHOLE, 2, 0)
-    if plain and warps <= 4:
-        return Form(WHOLE, 2, 128)
-    return Form(EIGHTS if size == 2 else BLOCKS, 2, 128)
+        return grid, Form(WHOLE, 2, 0)
+    if full:
+        return grid, Form(WHOLE, 4, 128)
+    if not (tensors or entropy) and grid.warps <= 4:
+        return grid, Form(WHOLE, 2, 128)
+    return grid, Form(EIGHTS if size == 2 else BLOCKS, 2, 128)
 
 
 def backward_form(size: int, amd: bool = False) -> Form:
@@ -193,9 +207,14 @@ def draw(
     (least, most), limits = _limits(low, high, ndims, bool(shape))
     clamped, clamp_lo, clamp_hi, clamp_low, clamp_high = bounds_of(clamp)
     source = state or NO_STATE
-    grid = forward_grid(total_rows, a, True)
-    plain = not (entropy or isinstance(low, Tensor))
-    form = forward_form(loc.element_size(), plain, grid.warps, torch.version.hip is not None)
+    grid, form = forward_form(
+        loc.element_size(),
+        isinstance(low, Tensor),
+        entropy,
+        total_rows,
+        a,
+        torch.version.hip is not None,
+    )
     with launching(loc):
         draw_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, least, most, value, scores, entropies,
@@ -315,9 +334,14 @@ def score(
     sigma = parameter(scale, ndims, bool(shape))
     (least, most), limits = _limits(low, high, ndims, bool(shape))
     given = mu if value is None else parameter(value, ndims, False)
-    grid = forward_grid(total_rows, a, True)
-    plain = not (entropy or isinstance(low, Tensor))
-    form = forward_form(loc.element_size(), plain, grid.warps, torch.version.hip is not None)
+    grid, form = forward_form(
+        loc.element_size(),
+        isinstance(low, Tensor),
+        entropy,
+        total_rows,
+        a,
+        torch.version.hip is not None,
+    )
     with launching(loc):
         score_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, least, most, given.tensor, scores, entropies,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastprob.kernels import truncated_normal
-from fastprob.kernels._launch import FLAT_TILE, forward_grid
+from fastprob.kernels._launch import FLAT_TILE
 from fastprob.kernels.truncated_normal import Form, backward_form, forward_form
 from tests.kernels import codegen_normal
 from tests.kernels.codegen_normal import APART, ROWS, tiling
@@ -75,9 +75,8 @@ def draw(
     everywhere: bool = False,
     nvidia: bool = False,
 ) -> Case:
-    grid = forward_grid(ROWS, a, True)
-    how = _size(dtype), not (entropy or tensors), grid.warps
-    form = forward_form(*how)
+    how = _size(dtype), tensors, entropy, ROWS, a
+    grid, form = forward_form(*how)
     kernel = truncated_normal.draw_kernel
     random = kind == truncated_normal.RANDOM
     limits = _limits(kernel, dtype, tensors, clamp, entropy=entropy, state=random, ticket=random)
@@ -97,7 +96,7 @@ def draw(
         (3 + (1 + entropy) / a) * _size(dtype), slots, vectors=not grid.wide,
         everywhere=everywhere, nvidia=nvidia,
         **_form(
-            form, forward_form(*how, amd=True), grid.count, grid.warps, _size(dtype),
+            form, forward_form(*how, amd=True)[1], grid.count, grid.warps, _size(dtype),
             _read(a, dtype, tensors, 2), 1,
         ),
     )  # fmt: skip
@@ -147,10 +146,10 @@ def score(
     tensors: bool = False,
     entropy: bool = False,
     everywhere: bool = False,
+    nvidia: bool = False,
 ) -> Case:
-    grid = forward_grid(ROWS, a, True)
-    how = _size(dtype), not (entropy or tensors), grid.warps
-    form = forward_form(*how)
+    how = _size(dtype), tensors, entropy, ROWS, a
+    grid, form = forward_form(*how)
     kernel = truncated_normal.score_kernel
     constants = {
         **tiling(grid, a), "LOC": 0, "SCALE": 0, "VALUE": 0, "SCORE": True, "ENTROPY": entropy,
@@ -159,9 +158,9 @@ def score(
     return Case(
         f"truncated-normal-score-{a}-{dtype}-tensors={tensors}-entropy={entropy}", kernel,
         _types(dtype), constants, form.warps * grid.warps, grid.tile,
-        (3 + (1 + entropy) / a) * _size(dtype), slots, everywhere=everywhere,
+        (3 + (1 + entropy) / a) * _size(dtype), slots, everywhere=everywhere, nvidia=nvidia,
         **_form(
-            form, forward_form(*how, amd=True), grid.count, grid.warps, _size(dtype),
+            form, forward_form(*how, amd=True)[1], grid.count, grid.warps, _size(dtype),
             _read(a, dtype, tensors, 3), 0,
         ),
     )  # fmt: skip
@@ -207,6 +206,11 @@ CASES = [
     draw(8, "fp32", 89, kind=truncated_normal.MEAN),
     # A tile of 16 warps, whose threads can have 128 registers.
     draw(600, "bf16", nvidia=True, **ALL),
+    draw(600, "fp32", 241, nvidia=True, **ALL),
+    # Rows that begin at a multiple of 4 elements, of which 64 bits are read at a time.
+    draw(257, "bf16", nvidia=True, **ALL),
+    # A row of several tiles.
+    draw(1500, "fp32", nvidia=True, **ALL),
     draw_backward(8, "fp32", 181, everywhere=True),
     draw_backward(8, "bf16", 184, everywhere=True),
     draw_backward(8, "bf16", 198, tensors=True, everywhere=True),
@@ -217,6 +221,7 @@ CASES = [
     draw_backward(8, "bf16", entropy=True, kind=truncated_normal.MEDIAN),
     score(8, "fp32", 108, entropy=True, everywhere=True),
     score(8, "bf16", tensors=True, entropy=True),
+    score(600, "fp32", 164, nvidia=True, tensors=True, entropy=True),
     score_backward(8, "fp32", 122, everywhere=True),
     score_backward(17, "bf16", 154),
     score_backward(8, "bf16", 131, to_value=True, everywhere=True),

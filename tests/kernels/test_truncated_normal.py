@@ -206,6 +206,28 @@ def test_scores_of_given_values_and_their_gradients(dtype, device):
     errors.check()
 
 
+# Rows that share a tile of 2048 with others or none, rows of several tiles, and many rows.
+@pytest.mark.parametrize(
+    "rows, a", [(7, 600), (3, 683), (2, 1000), (3, 1023), (2, 1500), (901, 600)]
+)
+def test_tiles_of_all_that_can_be_asked(rows, a, device):
+    loc, scale = parameters((rows, a), torch.float32, device)
+    _, (low, high) = intervals((rows, a), torch.float32, device)
+    clamp = Clamp(None, low[0] + 0.25, high[0] - 0.25)
+    state = pair(device)
+    p = probabilities(state, loc.shape, device)
+    value, *sums, _ = kernels.draw(
+        loc, scale, low, high, NONE, 1, state=State(state), entropy=True, clamp=clamp
+    )
+    truth, *right = exact(*wide(loc, scale, low, high), p)
+    right_value = normal.clamped(truth, *wide(*clamp))
+    torch.testing.assert_close(value.double(), right_value, rtol=0, atol=4e-6)
+    given = kernels.score(loc, scale, low, high, truth.float(), 1, entropy=True)
+    for found in (sums, given):
+        for one, other in zip(found, right, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * a)
+
+
 # Bounds in both tails, to either side alone, close together, and none at all, in units of a scale
 # of 1 from a mean of 0: where the plain formulas give NaN, inf, or nothing but rounding.
 CORNERS = {
