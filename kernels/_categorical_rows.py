@@ -103,7 +103,7 @@ def offsets(first, r, k, rows, row_stride, column_stride, A: tl.constexpr, LAYOU
         if LAYOUT == 1:
             return row * A + k
         elif LAYOUT >= 4:
-            return row * (row_stride * (LAYOUT // 4 * 4)) + k.to(tl.int64) * column_stride
+            return row * row_stride * (LAYOUT // 4 * 4) + k.to(tl.int64) * column_stride
         else:
             return row * row_stride + k.to(tl.int64) * column_stride
 

@@ -157,7 +157,8 @@ def pointers(
         if LAYOUT == 1:
             return ptr + row * A + column
         elif LAYOUT >= 4:
-            begin = row * (row_stride * (LAYOUT // 4 * 4))
+            # Not row_stride times its unit first, which is in 32 bits where the stride is.
+            begin = row * row_stride * (LAYOUT // 4 * 4)
             return ptr + begin + column.to(tl.int64) * column_stride
         else:
             return ptr + row * row_stride + column.to(tl.int64) * column_stride

@@ -204,14 +204,15 @@ def test_gradients_of_a_raw_output_are_stored_side_by_side(family, a, dtype, dev
 
 @triton.jit
 def _addresses(
-    out, ptr, rows, row_stride, column_stride, A: tl.constexpr, COUNT: tl.constexpr
+    out, ptr, rows, row_stride, column_stride,
+    A: tl.constexpr, COUNT: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, COUNT)
     start = tl.program_id(0).to(tl.int64) * COUNT
-    at = tile.pointers(ptr, start, i, rows, row_stride, column_stride, A, COUNT, 2)
+    at = tile.pointers(ptr, start, i, rows, row_stride, column_stride, A, COUNT, LAYOUT)
     tl.store(out + i, at.to(tl.int64) - ptr.to(tl.int64))
     first = tl.program_id(0).to(tl.int64)
-    by_row = rows_.offsets(first, i // A, i % A, rows, row_stride, column_stride, A, 2)
+    by_row = rows_.offsets(first, i // A, i % A, rows, row_stride, column_stride, A, LAYOUT)
     tl.store(out + COUNT + i, by_row)
 
 
@@ -219,8 +220,24 @@ def test_columns_may_lie_more_than_2_to_the_31_elements_apart(device):
     """A parameter of 8 x 2^29 elements, transposed: the last column begins at 7 * 2^29."""
     rows, a, count = 2**29, 8, 64
     out = torch.zeros(2, count, dtype=torch.int64, device=device)
-    _addresses[(1,)](out, torch.empty(4, device=device), rows, 1, rows, A=a, COUNT=count)
+    _addresses[(1,)](
+        out, torch.empty(4, device=device), rows, 1, rows, A=a, COUNT=count, LAYOUT=STRIDED
+    )
     i = torch.arange(count)
     expected = i // a + (i % a) * rows
     assert expected.max() > 2**31
+    assert torch.equal(out.cpu(), torch.stack([4 * expected, expected]))
+
+
+@pytest.mark.parametrize("unit", [1, 4, 8])
+def test_rows_may_lie_more_than_2_to_the_31_elements_apart(unit, device):
+    """A stride told in units, which is below 2^31 where the stride itself is not."""
+    stride, a, count = 2**31 + 2**30, 8, 64
+    out = torch.zeros(2, count, dtype=torch.int64, device=device)
+    layout = STRIDED + (unit if unit > 1 else 0)
+    _addresses[(1,)](
+        out, torch.empty(4, device=device), 8, stride // unit, 1, A=a, COUNT=count, LAYOUT=layout
+    )
+    i = torch.arange(count)
+    expected = i // a * stride + i % a
     assert torch.equal(out.cpu(), torch.stack([4 * expected, expected]))
