@@ -29,16 +29,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 mode = "auto"
 
 
-# A graph guards a module that is reached by two names twice, in Python.
-_compiler = torch.compiler
-
-
 def is_exporting() -> bool:
     """Whether a graph is being exported.
 
     In torch 2.11 `torch.compiler.is_exporting()` says so of every graph that is being compiled.
     """
-    return _compiler._is_exporting_flag
+    return torch.compiler._is_exporting_flag
 
 
 # Asked when a graph is made, whose calls need not ask again: no graph of `torch.compile` serves an

@@ -29,7 +29,7 @@ from fastprob import keys as _keys
 from fastprob.distributions import IndependentNormal, TanhNormal
 from fastprob.distributions._base import RANDOM
 from fastprob.ops._autograd import outside_transforms
-from fastprob.ops.projection import Clamp
+from fastprob.ops.projection import Clamp, clamp
 from fastprob.reference._chunks import PIECE
 from fastprob.reference._reduce import WIDEST, functorch_level, kept_vectors, vectors
 from fastprob.reference.normal import HALF_LOG_2PI
@@ -314,7 +314,7 @@ class Straight:
             score = energy.sum(-1).mul(-1).add(-HALF_LOG_2PI * shape[-1])
         projects, width, low, high, dtype = settings[7:]
         if width is not None and width == shape[-1] and loc.dtype is dtype:
-            value = value.clamp(low, high)
+            value = clamp(value, low, high) if value.requires_grad else value.clamp(low, high)
         elif projects:
             ((_, value),) = module._project([(sample, value)])
         entries[sample] = value

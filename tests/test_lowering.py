@@ -12,6 +12,8 @@ from torch._inductor.utils import run_and_get_code
 
 import fastprob as fp
 from fastprob import distributions, rng
+from fastprob.ops import projection
+from fastprob.specs import Bounded
 
 DRAWS = {
     "normal_": lambda shape, like: rng.standard_normal(shape, like),
@@ -321,3 +323,57 @@ def test_the_token_is_read_by_several_draws_alone():
     assert not any("del arg1_1" in text for text in one)
     assert any(".normal_()" in text for text in one)
     assert any("del arg1_1" in text for text in two)
+
+
+SPECIAL = [-float("inf"), -2.0, -1.0, -0.0, 0.25, 0.5, 3.0, float("inf"), float("nan")]
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_clamp_with_a_gradient_keeps_no_mask(dtype, layout):
+    project = projection.Clamp(-1.0, 0.5, dtype)
+    values = torch.tensor(SPECIAL * 4, dtype=dtype).view(9, 4)
+    values = values if layout == "rows" else values.T.contiguous().T
+    x = values.requires_grad_()
+    weights = torch.linspace(1.0, 2.0, 36).view(9, 4).to(dtype)
+    expected, found, code = both(lambda x: project(x * 1.0), x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert found.stride() == expected.stride()
+    (gradient,) = torch.autograd.grad(expected, x, weights)
+    assert gradient.any() and not gradient.all()
+    *_, backward = run_and_get_code(torch.autograd.grad, found, x, weights)
+    (made,) = torch.autograd.grad(torch.compile(lambda x: project(x * 1.0))(x), x, weights)
+    torch.testing.assert_close(made, gradient, rtol=0, atol=0)
+    # Of another layout than the operator's result, it is left to Inductor.
+    assert any("bool*" in text for text in [*code, *backward]) is (layout == "columns")
+
+
+@pytest.mark.parametrize("family", ["IndependentNormal", "TanhNormal"])
+def test_a_safe_module_passes_gradients_as_in_eager_mode(unchecked, family):
+    config = {
+        "distribution_class": getattr(distributions, family),
+        "default_interaction_type": "random",
+        "return_log_prob": True,
+        "spec": Bounded(-0.5, 0.5, shape=(3,)),
+        "safe": True,
+    }
+    module = fp.SafeProbabilisticModule(["loc", "scale"], ["action"], **config)
+    loc = torch.linspace(-1.0, 1.0, 15).view(5, 3).requires_grad_()
+    td = TensorDict(loc=loc, scale=torch.full((5, 3), 0.5), batch_size=[5])
+    gradients = []
+    for call in (module, torch.compile(module, fullgraph=True)):
+        torch.manual_seed(3)
+        out = call(td.copy())
+        total = out["action"].square().sum() + out["sample_log_prob"].sum()
+        gradients.append(torch.autograd.grad(total, loc)[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_transforms_of_a_clamp_are_those_of_eager_mode():
+    project = projection.Clamp(-1.0, 0.5, torch.float32)
+    x = torch.tensor(SPECIAL[1:-1]).view(7, 1).requires_grad_()
+
+    def of_rows(x):
+        return torch.vmap(torch.func.grad(lambda row: project(row).square().sum()))(x)
+
+    assert torch.equal(torch.compile(of_rows, fullgraph=True)(x), of_rows(x))

@@ -23,6 +23,7 @@ from fastprob.distributions._base import (
 from fastprob.distributions.normal import as_scale
 from fastprob.ops import truncated_normal as ops
 from fastprob.ops._fused import given
+from fastprob.ops.projection import clamp
 from fastprob.reference.truncated_normal import FAR
 
 # TorchRL draws from the quantiles between these two.
@@ -155,8 +156,11 @@ class TruncatedNormal(Fused):
             )  # fmt: skip
         if interaction is MODE or interaction is MEDIAN:
             if interaction is MODE:
-                low, high = self._bound_tensors()
-                value = torch.clamp(loc, low, high)
+                low, high = args[2:]
+                if loc.dtype is torch.float32 and not isinstance(low, Tensor):
+                    value = clamp(loc, low, high)
+                else:
+                    value = torch.clamp(loc, *self._bound_tensors())
             else:
                 half = torch.full((), 0.5, dtype=torch.float64, device=loc.device)
                 value = ops.sample(*args, half)

@@ -11,17 +11,20 @@
   small.
 - **The largest of a row, and a categorical's draw without gradients,** are ATen's or eager mode's
   operations where the batch is large, and the formula where it is small.
+- **A clamp with a gradient** stays what Inductor would make of it, but the backward pass compares
+  the value again: a mask of bools, which Inductor keeps otherwise, it writes and reads one by one.
 
 Everything here stands on Inductor's internals, and is left out where they are not as expected: the
 operator then runs as it is.
 """
 
 from fastprob.lowering._categorical import offer_categorical
+from fastprob.lowering._clamp import offer_clamp
 from fastprob.lowering._draws import offer
 from fastprob.lowering._functions import offer_kept
 from fastprob.lowering._normal import offer_score
 
-__all__ = ["enabled", "offer", "offer_categorical", "offer_kept", "offer_score"]
+__all__ = ["enabled", "offer", "offer_categorical", "offer_clamp", "offer_kept", "offer_score"]
 
 # Whether graphs hold the operators of scores, modes and draws' scores that Inductor lowers, or is
 # faster with as they are; `python -m bench opaque` compares both. Draws are operators either way.

@@ -20,7 +20,8 @@ class Functions:
         "add": "Tensor", "sub": "Tensor", "mul": "Tensor", "div": "Tensor",
         "exp": "default", "log": "default", "sum": "dim_IntList", "amax": "default",
         "argmax": "default", "gather": "default", "maximum": "default", "minimum": "default",
-        "squeeze": "dim", "unsqueeze": "default",
+        "squeeze": "dim", "unsqueeze": "default", "ge": "Scalar", "le": "Scalar",
+        "logical_and": "default", "where": "self",
     }  # fmt: skip
 
     def __getattr__(self, name: str) -> Callable[..., Any]:

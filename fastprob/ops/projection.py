@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprob import backend
+from fastprob import backend, lowering
+from fastprob.ops._autograd import outside_transforms
 from fastprob.ops._register import lead, register
 from fastprob.reference import projection as reference
 from fastprob.reference._reduce import plain_tensors_only
@@ -137,7 +138,7 @@ class Clamp:
             if _served(value, dtype):
                 return elements(value, self.low, self.high, None, None, None, dtype, False)
         if plain:
-            return torch.clamp(value, self.low, self.high)
+            return clamp(value, self.low, self.high)
         return reference.clamp(value, self.low, self.high, self.dtype)
 
     def __repr__(self) -> str:
@@ -390,6 +391,31 @@ class Ask:
 # the kernels' operators ---------------------------------------------------------------------
 
 
+def clamp(value: Tensor, low: float, high: float) -> Tensor:
+    """`torch.clamp` with numbers.
+
+    With a gradient, a graph for a CPU holds an operator that Inductor lowers: 455 -> 65 us for both
+    passes of 4096 x 8.
+
+    Args:
+        value: `[...]`, of a floating type.
+        low: lower bound.
+        high: upper bound.
+    """
+    if (
+        value.requires_grad
+        and torch.compiler.is_compiling()
+        and lowering.enabled
+        and value.is_cpu
+        and value.is_contiguous()  # as the operator's result is
+        and not backend.is_exporting()
+        and outside_transforms()
+    ):
+        args = value, low, high, None, None, None, value.dtype, False
+        return torch.ops.fastprob.project_elements(*args)
+    return torch.clamp(value, low, high)
+
+
 def elements(
     value: Tensor,
     low: float,
@@ -465,13 +491,15 @@ def _elements_op(value, low, high, lows, highs, table, dtype, rounded):
     if rounded:
         return reference.round_clamp_to(value, highs, dtype)
     if highs is None:
-        return reference.clamp(value, low, high, dtype)
+        return reference.clamp(value, low, high, dtype).contiguous()
     if lows.dtype is torch.bool:
         return reference.clamp_bool(value, lows, highs)
     return torch.clamp(value, lows, highs)
 
 
 def _elements_fake(value, low, high, lows, highs, table, dtype, rounded):
+    ops = torch.ops.fastprob
+    lowering.offer_clamp(ops.project_elements.default, ops.project_clamp_backward.default)
     return value.new_empty(value.shape, dtype=dtype)
 
 
@@ -503,7 +531,7 @@ def _clamp_backward_op(grad, value, low, high, lows, highs):
     kept = (value >= (low if highs is None else lows)) & (
         value <= (high if highs is None else highs)
     )
-    return torch.where(kept, grad, 0.0).to(value.dtype)
+    return torch.where(kept, grad, 0.0).to(value.dtype).contiguous()
 
 
 def _clamp_backward_setup(ctx, inputs, output):
