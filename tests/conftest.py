@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +78,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if needs_gpu:
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=needs_gpu)
+
+
+_AHEAD = pytest.StashKey[subprocess.Popen]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Has another core compile what `test_codegen.py` reads, where that is run as a whole.
+
+    15 minutes of compiling, which the tests in front of it take as well.
+    """
+    codegen = [item for item in session.items if item.path.name == "test_codegen.py"]
+    if len(codegen) > 300 and not session.config.option.collectonly and (os.cpu_count() or 1) > 1:
+        command = [sys.executable, "-m", "tests.kernels.ahead"]
+        root = Path(__file__).resolve().parents[1]
+        session.config.stash[_AHEAD] = subprocess.Popen(command, cwd=root)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Ends what `pytest_collection_finish` has begun."""
+    process = session.config.stash.get(_AHEAD, None)
+    if process is not None:
+        process.terminate()
+        process.wait()

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,19 +31,6 @@ def few_rows(case: machine.Case) -> machine.Case:
     """The case as Triton compiles it for less than 2^31 rows."""
     types = {n: "i32" if t == "i64" else t for n, t in case.types.items()}
     return dataclasses.replace(case, types=types)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ahead(request):
-    """A process that compiles the cases from the other end, where all of them are asked for."""
-    asked = sum(item.path == request.path for item in request.session.items)
-    if asked < len(CASES) or len(os.sched_getaffinity(0)) < 2:
-        yield
-        return
-    command = [sys.executable, "-m", "tests.kernels.ahead"]
-    with subprocess.Popen(command, cwd=HERE.parents[1]) as process:
-        yield
-        process.terminate()
 
 
 def test_every_family_with_kernels_is_looked_at():

@@ -1,11 +1,12 @@
 """Compiles what `tests/test_codegen.py` looks at, from its last case to its first.
 
-`python -m tests.kernels.ahead` beside the tests fills Triton's cache from the other end: two cores
-share the work, and whoever comes second finds what the other has compiled.
+`python -m tests.kernels.ahead`, which `tests/conftest.py` starts, fills Triton's cache beside the
+tests, and from the other end: whoever comes second finds what the other has compiled.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from tests import test_codegen as codegen
@@ -26,5 +27,6 @@ def work() -> list[Callable[[], object]]:
 
 
 if __name__ == "__main__":
+    os.nice(5)
     for compile_one in reversed(work()):
         compile_one()
