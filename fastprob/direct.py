@@ -64,8 +64,8 @@ _Distribution = D.Distribution
 def _settled_projection(module: Any, sample: str) -> tuple[Any, ...]:
     """Whether a value is projected; width, numbers and dtype of a clamp, None for anything else.
 
-    The way through the module and its spec is 60 guards, which a call checks one by one: with the
-    numbers here it checks them in 1.5 us in place of 10 of 37 at 16 x 8.
+    A graph that is traced through the module and its spec has 60 guards more, which take 10 of 37
+    us a call at 16 x 8.
     """
     found = (module._projections or {}).get(sample)
     if type(found) is Clamp and type(module)._project.__module__ == "fastprob.safe":

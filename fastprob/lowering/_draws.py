@@ -78,7 +78,10 @@ def _only_draw(node: Any) -> bool:
     Code that does not use the token does not check its shape either: 0.4 of 19 us a call.
     """
     token = node.args[-1]
-    return all(user is node or user.target is _copy for user in token.users)
+    # A token that is no input of the graph has been handed on by an earlier draw.
+    return token.op == "placeholder" and all(
+        user is node or user.target is _copy for user in token.users
+    )
 
 
 def _large(layout: Any) -> bool:
