@@ -78,17 +78,21 @@ def _settled_projection(module: Any, sample: str) -> tuple[Any, ...]:
 def _graph() -> str:
     """What is being made: an `"export"`, the `"whole"` graph of this call, or a `"part"` of one.
 
-    A graph that begins with the call of the module ends with it as well, and holds one draw.
+    A graph that begins with the call of the module ends with it as well, and holds one draw; not so
+    where another module's call, or what builds its distribution, is on the way.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._guards import TracingContext
 
     from fastprob.modules import ProbabilisticTensorDictModule
 
     if backend.is_exporting():
         return "export"
     root = InstructionTranslator.current_tx().f_code
-    whole = root is ProbabilisticTensorDictModule.forward.__code__ and outside_transforms()
-    return "whole" if whole else "part"
+    # `forward` and `trace`, nothing in between.
+    straight = len(TracingContext.extract_stack()) == 2
+    first = root is ProbabilisticTensorDictModule.forward.__code__
+    return "whole" if first and straight and outside_transforms() else "part"
 
 
 # As for `outside_transforms`.

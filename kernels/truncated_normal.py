@@ -72,6 +72,9 @@ __all__ = [
 ]
 
 
+_AMD = torch.version.hip is not None
+
+
 class Form(NamedTuple):
     """How a kernel goes over its tile.
 
@@ -207,14 +210,8 @@ def draw(
     (least, most), limits = _limits(low, high, ndims, bool(shape))
     clamped, clamp_lo, clamp_hi, clamp_low, clamp_high = bounds_of(clamp)
     source = state or NO_STATE
-    grid, form = forward_form(
-        loc.element_size(),
-        isinstance(low, Tensor),
-        entropy,
-        total_rows,
-        a,
-        torch.version.hip is not None,
-    )
+    tensors = isinstance(low, Tensor)
+    grid, form = forward_form(loc.element_size(), tensors, entropy, total_rows, a, _AMD)
     with launching(loc):
         draw_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, least, most, value, scores, entropies,
@@ -275,7 +272,7 @@ def draw_backward(
     upstream = parameter(grad_value if grad_value is not None else grad_loc, ndims, False)
     clamped, clamp_lo, clamp_hi, clamp_low, clamp_high = bounds_of(clamp)
     programs, count, warps = flat_grid(total)
-    form = backward_form(loc.element_size(), torch.version.hip is not None)
+    form = backward_form(loc.element_size(), _AMD)
     with launching(loc):
         draw_backward_kernel[(programs,)](
             upstream.tensor, tail(grad_score), tail(grad_entropy), mu.tensor, sigma.tensor,
@@ -334,14 +331,8 @@ def score(
     sigma = parameter(scale, ndims, bool(shape))
     (least, most), limits = _limits(low, high, ndims, bool(shape))
     given = mu if value is None else parameter(value, ndims, False)
-    grid, form = forward_form(
-        loc.element_size(),
-        isinstance(low, Tensor),
-        entropy,
-        total_rows,
-        a,
-        torch.version.hip is not None,
-    )
+    tensors = isinstance(low, Tensor)
+    grid, form = forward_form(loc.element_size(), tensors, entropy, total_rows, a, _AMD)
     with launching(loc):
         score_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, least, most, given.tensor, scores, entropies,
@@ -402,7 +393,7 @@ def score_backward(
         grad_value.zero_()
     to_value = grad_value is not None and grad_score is not None
     programs, count, warps = flat_grid(total)
-    form = backward_form(loc.element_size(), torch.version.hip is not None)
+    form = backward_form(loc.element_size(), _AMD)
     with launching(loc):
         score_backward_kernel[(programs,)](
             tail(grad_score), tail(grad_entropy), mu.tensor, sigma.tensor, least, most,

@@ -279,6 +279,23 @@ def test_only_a_graph_that_is_the_call_does_without_the_token(unchecked):
         torch._dynamo.reset()
         found = operators(function, td.copy())
         assert ORDERED in found and ALONE not in found
+
+    # A module whose call makes a distribution of the draws of another.
+    class Mixed(type(module)):
+        def get_dist(self, tensordict):
+            first, second = (module(tensordict.copy())["action"] for _ in range(2))
+            return distributions.IndependentNormal(first - second, torch.ones(5, 3))
+
+    mixed = Mixed(["loc", "scale"], ["action"], default_interaction_type="mode")
+    torch._dynamo.reset()
+    found = operators(mixed, td.copy())
+    assert ORDERED in found and ALONE not in found
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    expected = mixed(td.copy())["action"]
+    torch.manual_seed(0)
+    assert torch.allclose(torch.compile(mixed)(td.copy())["action"], expected)
+    assert expected.abs().min() > 0
     # What follows a graph break is a graph of its own, with the call of the module in it.
     torch._dynamo.reset()
 
