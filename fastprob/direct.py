@@ -28,10 +28,15 @@ from fastprob import io as _io
 from fastprob import keys as _keys
 from fastprob.distributions import IndependentNormal, TanhNormal
 from fastprob.distributions._base import RANDOM
-from fastprob.ops._autograd import outside_transforms
 from fastprob.ops.projection import Clamp, clamp
 from fastprob.reference._chunks import PIECE
-from fastprob.reference._reduce import WIDEST, functorch_level, kept_vectors, vectors
+from fastprob.reference._reduce import (
+    WIDEST,
+    functorch_level,
+    kept_vectors,
+    outside_transforms,
+    vectors,
+)
 from fastprob.reference.normal import HALF_LOG_2PI
 from fastprob.reference.tanh_normal import sample_score as tanh_sample_score
 from fastprob.rng import DRAWS
@@ -314,7 +319,8 @@ class Straight:
             value, score = tanh_sample_score(loc, scale, noise, 1.0, 0.0, 0.0, True, 1)
         else:
             value = loc.addcmul(noise, scale)
-            energy = scale.log().addcmul(noise, noise, value=0.5)
+            # No addcmul, as in `reference.normal.score_noise`.
+            energy = scale.log() + 0.5 * (noise * noise)
             score = energy.sum(-1).mul(-1).add(-HALF_LOG_2PI * shape[-1])
         projects, width, low, high, dtype = settings[7:]
         if width is not None and width == shape[-1] and loc.dtype is dtype:

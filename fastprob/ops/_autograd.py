@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastprob.reference._reduce import functorch_level, plain_tensors_only
+from fastprob.reference._reduce import plain_tensors_only
 
 _grad_enabled = torch.is_grad_enabled
 
@@ -23,16 +23,6 @@ def wants_function(*tensors: Tensor) -> bool:
         if tensor.requires_grad:
             return plain_tensors_only() and forward_ad._current_level < 0
     return False
-
-
-def outside_transforms() -> bool:
-    """Whether no functorch transform and no forward mode is traced, which operators lack."""
-    return functorch_level() is None and forward_ad._current_level < 0
-
-
-# What `torch.compiler.assume_constant_result` does, which imports all of dynamo: it is evaluated
-# when a graph is made, and dynamo guards the transforms itself.
-outside_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def over_event(grad: Tensor, ndims: int) -> Tensor:

@@ -36,7 +36,7 @@ from fastprob.ops._register import lead, nothing, register
 from fastprob.reference import beta as reference
 from fastprob.reference import normal as normal_reference
 from fastprob.reference import philox
-from fastprob.reference._reduce import plain_tensors_only
+from fastprob.reference._reduce import differentiated, plain_tensors_only
 
 __all__ = [
     "GIVEN",
@@ -135,8 +135,8 @@ class _Entropy(torch.autograd.Function):
         )
 
 
-def _differentiated() -> bool:
-    """Whether a functorch transform other than vmap is at work."""
+def _transformed() -> bool:
+    """Whether a functorch transform other than vmap is at work; `differentiated` if compiled."""
     if torch.compiler.is_compiling():
         return False
     stack = torch._C._functorch.get_interpreter_stack() or ()  # type: ignore[attr-defined]
@@ -151,9 +151,10 @@ def sample(a: Tensor, b: Tensor, shape: torch.Size, generator: torch.Generator |
     if wants_function(a, b):
         return _Sample.apply(a, b, shape, generator)
     with torch.no_grad():
-        parts, concentration = _draw(a, b, shape, generator)
+        # Detached, as no_grad lets tangents through, which the sampler has no rule for.
+        parts, concentration = _draw(a.detach(), b.detach(), shape, generator)
     value = parts[..., 0]
-    if _differentiated() or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+    if _transformed() or differentiated(a, b):
         # What traces or batches gets the gradient by a value that is 0.
         by_a, by_b = _slopes(parts.detach(), concentration.detach())
         value = value.detach() + by_a * (a - a.detach()) + by_b * (b - b.detach())
@@ -167,7 +168,7 @@ def sample_score(
     if (
         type(a) is not Tensor
         or type(b) is not Tensor
-        or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
+        or differentiated(a, b)
         or not plain_tensors_only()
     ):
         value = sample(a, b, shape, generator)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from fastprob import backend, lowering
 from fastprob.ops import _random
-from fastprob.ops._autograd import outside_transforms, wants_function
+from fastprob.ops._autograd import wants_function
 from fastprob.ops._fused import fold_samples, plain_eager, wanted, wants_gradient
 from fastprob.ops._register import lead, nothing, register
 from fastprob.reference import categorical as reference
+from fastprob.reference._reduce import outside_transforms
 
 RANDOM, MEDIAN, MODE, MEAN = reference.RANDOM, reference.MEDIAN, reference.MODE, reference.MEAN
 NO_VALUE, MEAN_INDEX = reference.NO_VALUE, reference.MEAN_INDEX

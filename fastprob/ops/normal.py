@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastprob import backend, lowering
 from fastprob.ops import _random
-from fastprob.ops._autograd import outside_transforms, over_event, sum_to, wants_function
+from fastprob.ops._autograd import over_event, sum_to, wants_function
 from fastprob.ops._fused import (
     Bounds,
     bounds_of,
@@ -36,6 +36,7 @@ from fastprob.ops._fused import (
 )
 from fastprob.ops._register import lead, nothing, register
 from fastprob.reference import normal as reference
+from fastprob.reference._reduce import outside_transforms
 
 # A graph guards every name that it was traced through, and twice the modules that others name too.
 _grad_enabled = torch.is_grad_enabled

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from fastprob import backend, lowering
-from fastprob.ops._autograd import outside_transforms
 from fastprob.ops._register import lead, register
 from fastprob.reference import projection as reference
-from fastprob.reference._reduce import plain_tensors_only
+from fastprob.reference._reduce import outside_transforms, plain_tensors_only
 
 __all__ = ["Ask", "Cast", "Clamp", "ClampEach", "NearestValid", "OneHot", "RoundClamp",
            "RoundClampEach", "fits_shape"]  # fmt: skip

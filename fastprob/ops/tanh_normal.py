@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastprob import backend, lowering
 from fastprob.ops import _random, normal
-from fastprob.ops._autograd import outside_transforms, over_event, sum_to, wants_function
+from fastprob.ops._autograd import over_event, sum_to, wants_function
 from fastprob.ops._fused import Bounds as Clamped
 from fastprob.ops._fused import (
     bounds_of,
@@ -35,6 +35,7 @@ from fastprob.ops._register import lead, nothing, register
 from fastprob.reference import normal as normal_reference
 from fastprob.reference import tanh_normal as reference
 from fastprob.reference._chunks import Fill
+from fastprob.reference._reduce import outside_transforms
 
 __all__ = [
     "MEAN",

@@ -41,7 +41,7 @@ from fastprob.ops._register import lead, nothing, register
 from fastprob.reference import normal as normal_reference
 from fastprob.reference import philox
 from fastprob.reference import truncated_normal as reference
-from fastprob.reference._reduce import plain_tensors_only
+from fastprob.reference._reduce import differentiated, plain_tensors_only
 from fastprob.reference.truncated_normal import Standard
 
 __all__ = [
@@ -189,12 +189,8 @@ def _tensors(low: Any, high: Any) -> tuple[Tensor, ...]:
     return tuple(t for t in (low, high) if isinstance(t, Tensor))
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
 def _transformed() -> bool:
-    """Whether a functorch transform is at work, which `requires_grad` does not tell."""
+    """Whether a functorch transform is at work in eager mode; `differentiated` if compiled."""
     return not torch.compiler.is_compiling() and not plain_tensors_only()
 
 
@@ -204,11 +200,13 @@ def _sample(loc: Tensor, scale: Tensor, low: Any, high: Any, p: Tensor):
     p = p.double()
     if wants_function(*tensors):
         return _Sample.apply(loc, scale, low, high, p)
-    std = reference.standardize(loc, scale, low, high)
-    if not _needs_grad(*tensors) and not _transformed():
-        return reference.quantile(std, p)
+    if not differentiated(*tensors) and not _transformed():
+        return reference.quantile(reference.standardize(loc, scale, low, high), p)
     # What traces or batches gets the same gradient by a value that is 0: the first one only.
     with torch.no_grad():
+        # Detached, as no_grad lets tangents through, which would count twice.
+        fixed = [t.detach() if isinstance(t, Tensor) else t for t in (loc, scale, low, high)]
+        std = reference.standardize(*fixed)
         value, cost, log_m = reference.quantile(std, p)
         slopes = _slopes(std, p, value)
     for slope, source in zip(slopes, (loc, scale, low, high), strict=True):
@@ -238,7 +236,7 @@ def sample_score(
     Returns:
         value `[*sample, *batch, *event]`, log-density `[*sample, *batch]`.
     """
-    if not _needs_grad(loc, scale, *_tensors(low, high)):
+    if not differentiated(loc, scale, *_tensors(low, high)):
         if (
             torch.compiler.is_compiling()
             and lowering.enabled
@@ -256,7 +254,7 @@ def sample_score(
             value, z = reference.central_quantile(std, low, high, p.double())
             return value.to(loc.dtype), reference.central_score(std, z, ndims, loc.dtype)
     value, cost, log_m = _sample(loc, scale, low, high, p)
-    if value.requires_grad or _transformed():
+    if differentiated(value) or _transformed():
         # Scored before it is rounded: 300 steps of float32 from a tail's value to its score.
         score = log_prob(loc, scale, low, high, value, ndims).to(loc.dtype)
     else:
@@ -324,7 +322,7 @@ def mean_score(
     loc: Tensor, scale: Tensor, low: Any, high: Any, ndims: int, score: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The mean and its log-density; arguments as for `sample_score`."""
-    if not _needs_grad(loc, scale, *_tensors(low, high)):
+    if not differentiated(loc, scale, *_tensors(low, high)):
         inner = reference.inner_mean(loc, scale, low, high)
         if inner is not None:
             value, z, std = inner
@@ -369,7 +367,7 @@ def served(loc: Tensor, scale: Tensor, low: Any, high: Any, kind: int = RANDOM) 
         high: upper bound, likewise.
         kind: RANDOM, MEDIAN, MEAN or MODE.
     """
-    if not backend.serves(loc) or _needs_grad(*_tensors(low, high)):
+    if not backend.serves(loc) or differentiated(*_tensors(low, high)):
         return False
     return kind != MEAN or not (wants_gradient(loc, scale) or _transformed())
 

@@ -33,6 +33,30 @@ def plain_tensors_only() -> bool:
     return not _is_compiling() and functorch_level() is None and forward_ad._current_level < 0
 
 
+def outside_transforms() -> bool:
+    """Whether no functorch transform and no forward mode is traced, which operators lack."""
+    return functorch_level() is None and forward_ad._current_level < 0
+
+
+# What `torch.compiler.assume_constant_result` does, which imports all of dynamo: it is evaluated
+# when a graph is made, and dynamo guards the transforms itself.
+outside_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def differentiated(*tensors: Tensor) -> bool:
+    """Whether a gradient or a tangent may be asked of one of the tensors.
+
+    `requires_grad` does not tell inside a transform that is compiled: dynamo 2.13 says False of
+    what `torch.func.grad` differentiates by.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:
+        if tensor.requires_grad:
+            return True
+    return _is_compiling() and not outside_transforms()
+
+
 def sum_rightmost(x: Tensor, ndims: int) -> Tensor:
     """Sums `x` over its last `ndims` dimensions.
 

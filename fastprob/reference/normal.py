@@ -44,9 +44,12 @@ def score_noise(
         energy = torch.addcmul(log_scale, noise, noise, value=0.5)
         return affine_sum(energy, ndims, -HALF_LOG_2PI, -1)
     energy = torch.log(scale)
+    if not plain_tensors_only():
+        # Compiled code in forward mode crashes where addcmul scales what has no tangent (torch 2.13).
+        energy = energy + 0.5 * (noise * noise)
+        return affine_sum(energy, ndims, -HALF_LOG_2PI, -1)
     if (
-        not plain_tensors_only()
-        or energy.requires_grad
+        energy.requires_grad
         or energy.shape != noise.shape
         # A value may be of a wider type.
         or energy.dtype is not noise.dtype

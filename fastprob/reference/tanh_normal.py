@@ -20,7 +20,13 @@ from torch.nn.functional import softplus
 
 from fastprob.reference import normal, philox
 from fastprob.reference._chunks import Fill, pieces
-from fastprob.reference._reduce import affine_sum, event_numel, plain_tensors_only, vectors
+from fastprob.reference._reduce import (
+    affine_sum,
+    differentiated,
+    event_numel,
+    plain_tensors_only,
+    vectors,
+)
 from fastprob.reference.normal import HALF_LOG_2PI
 
 # log(2 pi) / 2 of the Normal, and 2 log(2) of the Jacobian
@@ -113,7 +119,8 @@ def score(
     plain = plain_tensors_only()
     # A value may be of a wider type than the scale.
     if not plain or u.requires_grad or energy.requires_grad or energy.dtype is not u.dtype:
-        energy = torch.addcmul(energy, noise, noise, value=0.5) - 2.0 * (x - 2.0 * u)
+        # No addcmul, as in `normal.score_noise`.
+        energy = energy + 0.5 * (noise * noise) - 2.0 * (x - 2.0 * u)
     else:
         if energy.shape == noise.shape:
             energy.addcmul_(noise, noise, value=0.5)
@@ -151,7 +158,8 @@ def sample_score(
         # costs a saturated element 1e-6 of its score; half precisions limit at 0.99.
         y, safe = _limited(y), False
     grown = y.abs() + 1.0
-    energy = (scale * (grown * grown)).log().addcmul(noise, noise, value=0.5)
+    # No addcmul, as in `normal.score_noise`.
+    energy = (scale * (grown * grown)).log() + 0.5 * (noise * noise)
     energy = energy - 2.0 * x.abs()
     if isinstance(log_half, float):
         total = affine_sum(energy, ndims, -HALF_LOG_2PI - log_half, -1, False)
@@ -432,7 +440,7 @@ def mode(loc: Tensor, scale: Tensor, keep: Callable[[Tensor], Tensor] | None = N
             step = (x - m - w * t) / slope
             x = torch.maximum(x - step.clamp_min(0.0), m)
         x = torch.where(loc < 0, -x, x)
-    if not (torch.is_grad_enabled() and (loc.requires_grad or scale.requires_grad)):
+    if not differentiated(loc, scale):
         return x
     if keep is not None:
         x = keep(x)
