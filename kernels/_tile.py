@@ -9,7 +9,9 @@ four whatever the size A of a row is. Three layouts, chosen at launch:
   to 3 elements in front of them, see `begin`. Their sums come from a gather: 31 to 40 issue slots
   an element for the Normal, where a tile padded to a power of two takes 116 at A = 17 and 128 at
   A = 33.
-- WIDE: a row is longer than a tile; a program goes over one row chunk by chunk.
+- WIDE: a row is longer than a tile; a program goes over one row chunk by chunk. Beta's chunks
+  begin with a vector whatever A is, see `vectors_of_row`; the others' begin with a group, and are
+  of whole vectors where A is a multiple of one.
 
 Within a tile elements are counted in int32 from the tile's start, which is an int64 scalar: more
 than 2^31 elements at the cost of none of the 64-bit arithmetic.
@@ -281,6 +283,33 @@ def clamp(x, lo, hi):
     """`torch.clamp`, a NaN stays: one instruction for each bound where a comparison takes two."""
     x = tl.maximum(x, lo, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(x, hi, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def vectors_of_row(program, A: tl.constexpr, UNIT: tl.constexpr):
+    """The vectors of UNIT elements that a wide row lies in, where A is no multiple of UNIT.
+
+    A vector that two rows share is stored by the later one, which makes the elements of both. Not
+    so the end of the last row of all, behind which nothing may be read: a mask that ends there is
+    no whole vector's, so that such a row takes code of its own, an element at a time. Beta's draw
+    at A = 257 takes 16 loads and 8 stores of a thread that way, 4 and 2 in vectors, and 291 issue
+    slots an element in place of 296. A branch around loads and stores alone is no help: the
+    compiler makes one load of two, with a mask of both.
+
+    Args:
+        program: int64, the row.
+        A: size of a row.
+        UNIT: elements in 128 bits.
+
+    Returns:
+        int64 flat index of the first vector; from there on, in int32, the row's first element, the
+        end of the last vector that it has a part of, and of the last one that is its own to store.
+    """
+    begin = program * A
+    start = begin // UNIT * UNIT
+    skip = (begin - start).to(tl.int32)
+    end = skip + A
+    return start, skip, (end + (UNIT - 1)) // UNIT * UNIT, end // UNIT * UNIT
 
 
 @triton.constexpr_function

@@ -356,21 +356,27 @@ def scored(
 
 @triton.jit
 def _draw_tile(
-    conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call, start, left, rows,
+    conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
+    start, skip, left, read, kept, rows,
     conc1_row, conc1_column, conc0_row, conc0_column,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, CONC1: tl.constexpr,
     CONC0: tl.constexpr, KIND: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     SCORE: tl.constexpr, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr,
     FAST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the values of one tile; gives their scores and entropies, 0 outside."""
+    """Writes the values of one tile; gives their scores and entropies, 0 outside.
+
+    Of a tile that is not WHOLE the first `read` elements are drawn, the first `kept` of them stored
+    and those from `skip` to `left` scored.
+    """
     i = tl.arange(0, COUNT)
-    inside = i < left
+    there = i < read
+    stored = i < kept
     a = tile.load(
-        conc1, start, i, inside, 1.0, rows, conc1_row, conc1_column, A, COUNT, CONC1, WHOLE
+        conc1, start, i, there, 1.0, rows, conc1_row, conc1_column, A, COUNT, CONC1, WHOLE
     )
     b = tile.load(
-        conc0, start, i, inside, 1.0, rows, conc0_row, conc0_column, A, COUNT, CONC0, WHOLE
+        conc0, start, i, there, 1.0, rows, conc0_row, conc0_column, A, COUNT, CONC0, WHOLE
     )
     if KIND == _RANDOM:
         x = drawn(a, b, seed, call, start, i, LEAST, MOST, FAST)
@@ -379,12 +385,12 @@ def _draw_tile(
     else:
         x = m.divide(a, a + b, FAST)
     if KEEP:
-        tile.store(drawn_value, start, x, i, inside, COUNT, TILE, WHOLE)
+        tile.store(drawn_value, start, x, i, stored, COUNT, TILE, WHOLE)
     if CLAMP:
         bottom, top = tile.bounds(low, high, lo, hi, start, i, A, COUNT, CLAMP)
-        tile.store(value, start, tile.clamp(x, bottom, top), i, inside, COUNT, TILE, WHOLE)
+        tile.store(value, start, tile.clamp(x, bottom, top), i, stored, COUNT, TILE, WHOLE)
     else:
-        tile.store(value, start, x, i, inside, COUNT, TILE, WHOLE)
+        tile.store(value, start, x, i, stored, COUNT, TILE, WHOLE)
     score = tl.zeros([COUNT], tl.float32)
     entropy = score
     if SCORE or ENTROPY:
@@ -392,9 +398,35 @@ def _draw_tile(
         x = x.to(value.dtype.element_ty).to(tl.float32)
         score, entropy = scored(a, b, x, SCORE, ENTROPY, KIND != _RANDOM, FAST)
         if not WHOLE:
+            inside = (i >= skip) & (i < left)
             score = tl.where(inside, score, 0.0)
             entropy = tl.where(inside, entropy, 0.0)
     return score, entropy
+
+
+@triton.jit
+def _draw_row(
+    conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call, start, skip, read, kept, rows,
+    conc1_row, conc1_column, conc0_row, conc0_column,
+    A: tl.constexpr, COUNT: tl.constexpr, CONC1: tl.constexpr, CONC0: tl.constexpr,
+    KIND: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, SCORE: tl.constexpr,
+    ENTROPY: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """A wide row chunk by chunk: `skip` elements after `start`, see `_tile.vectors_of_row`."""
+    left = skip + A
+    scores = tl.zeros([COUNT], tl.float32)
+    entropies = tl.zeros([COUNT], tl.float32)
+    for chunk in range(0, left, COUNT):
+        terms, more = _draw_tile(
+            conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
+            start + chunk, skip - chunk, left - chunk, read - chunk, kept - chunk, rows,
+            conc1_row, conc1_column, conc0_row, conc0_column,
+            A, COUNT, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
+            A % COUNT == 0,
+        )  # fmt: skip
+        scores += terms
+        entropies += more
+    return scores, entropies
 
 
 @triton.jit
@@ -429,19 +461,29 @@ def draw_kernel(
     if KIND == _RANDOM:
         seed, call = random.open_state(state, seed, call, HOST)
     if WIDE:
-        begin = program * A
-        scores = tl.zeros([COUNT], tl.float32)
-        entropies = tl.zeros([COUNT], tl.float32)
-        for chunk in range(0, A, COUNT):
-            terms, more = _draw_tile(
+        UNIT: tl.constexpr = 128 // value.dtype.element_ty.primitive_bitwidth
+        if A % UNIT == 0:
+            scores, entropies = _draw_row(
                 conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
-                begin + chunk, A - chunk, rows,
-                conc1_row, conc1_column, conc0_row, conc0_column,
-                A, COUNT, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP,
-                FAST, A % COUNT == 0,
+                program * A, 0, A, A, rows, conc1_row, conc1_column, conc0_row, conc0_column,
+                A, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
             )  # fmt: skip
-            scores += terms
-            entropies += more
+        else:
+            start, skip, read, kept = tile.vectors_of_row(program, A, UNIT)
+            if program + 1 < total_rows:
+                scores, entropies = _draw_row(
+                    conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
+                    start, skip, read, kept, rows,
+                    conc1_row, conc1_column, conc0_row, conc0_column,
+                    A, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
+                )  # fmt: skip
+            else:
+                scores, entropies = _draw_row(
+                    conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
+                    start, skip, skip + A, skip + A, rows,
+                    conc1_row, conc1_column, conc0_row, conc0_column,
+                    A, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
+                )  # fmt: skip
         _store_sums(
             score, entropy, scores, entropies, program, total_rows, rows,
             A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
@@ -452,7 +494,8 @@ def draw_kernel(
         if start + COUNT <= end:
             scores, entropies = _draw_tile(
                 conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
-                start, COUNT, rows, conc1_row, conc1_column, conc0_row, conc0_column,
+                start, 0, COUNT, COUNT, COUNT, rows,
+                conc1_row, conc1_column, conc0_row, conc0_column,
                 A, COUNT, TILE, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP,
                 FAST, True,
             )  # fmt: skip
@@ -461,9 +504,10 @@ def draw_kernel(
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, True,
             )  # fmt: skip
         else:
+            left = tl.minimum(end - start, TILE).to(tl.int32)
             scores, entropies = _draw_tile(
                 conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
-                start, tl.minimum(end - start, TILE).to(tl.int32), rows,
+                start, 0, left, left, left, rows,
                 conc1_row, conc1_column, conc0_row, conc0_column,
                 A, COUNT, TILE, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP,
                 FAST, False,
@@ -481,30 +525,54 @@ def draw_kernel(
 
 @triton.jit
 def _score_tile(
-    conc1, conc0, value, start, left, rows,
+    conc1, conc0, value, start, skip, left, read, rows,
     conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
     A: tl.constexpr, COUNT: tl.constexpr, CONC1: tl.constexpr, CONC0: tl.constexpr,
     VALUE: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr, FAST: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
+    """Scores and entropies of the elements of one tile; its bounds are those of `_draw_tile`."""
     i = tl.arange(0, COUNT)
-    inside = i < left
+    there = i < read
     a = tile.load(
-        conc1, start, i, inside, 1.0, rows, conc1_row, conc1_column, A, COUNT, CONC1, WHOLE
+        conc1, start, i, there, 1.0, rows, conc1_row, conc1_column, A, COUNT, CONC1, WHOLE
     )
     b = tile.load(
-        conc0, start, i, inside, 1.0, rows, conc0_row, conc0_column, A, COUNT, CONC0, WHOLE
+        conc0, start, i, there, 1.0, rows, conc0_row, conc0_column, A, COUNT, CONC0, WHOLE
     )
     x = a
     if SCORE:
         x = tile.load(
-            value, start, i, inside, 0.5, rows, value_row, value_column, A, COUNT, VALUE, WHOLE
+            value, start, i, there, 0.5, rows, value_row, value_column, A, COUNT, VALUE, WHOLE
         )
     score, entropy = scored(a, b, x, SCORE, ENTROPY, True, FAST)
     if not WHOLE:
+        inside = (i >= skip) & (i < left)
         score = tl.where(inside, score, 0.0)
         entropy = tl.where(inside, entropy, 0.0)
     return score, entropy
+
+
+@triton.jit
+def _score_row(
+    conc1, conc0, value, start, skip, read, rows,
+    conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
+    A: tl.constexpr, COUNT: tl.constexpr, CONC1: tl.constexpr, CONC0: tl.constexpr,
+    VALUE: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The scores and entropies of a wide row's elements, as in `_draw_row`."""
+    left = skip + A
+    scores = tl.zeros([COUNT], tl.float32)
+    entropies = tl.zeros([COUNT], tl.float32)
+    for chunk in range(0, left, COUNT):
+        terms, more = _score_tile(
+            conc1, conc0, value, start + chunk, skip - chunk, left - chunk, read - chunk, rows,
+            conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
+            A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST, A % COUNT == 0,
+        )  # fmt: skip
+        scores += terms
+        entropies += more
+    return scores, entropies
 
 
 @triton.jit(do_not_specialize=["total_rows", "rows"])
@@ -519,17 +587,29 @@ def score_kernel(
     """Scores of given values, and entropies, of OWN rows; of one row where WIDE."""
     program = tl.program_id(0).to(tl.int64)
     if WIDE:
-        begin = program * A
-        scores = tl.zeros([COUNT], tl.float32)
-        entropies = tl.zeros([COUNT], tl.float32)
-        for chunk in range(0, A, COUNT):
-            terms, more = _score_tile(
-                conc1, conc0, value, begin + chunk, A - chunk, rows,
+        UNIT: tl.constexpr = 128 // min(
+            conc1.dtype.element_ty.primitive_bitwidth, value.dtype.element_ty.primitive_bitwidth
+        )
+        if A % UNIT == 0:
+            scores, entropies = _score_row(
+                conc1, conc0, value, program * A, 0, A, rows,
                 conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
-                A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST, A % COUNT == 0,
+                A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST,
             )  # fmt: skip
-            scores += terms
-            entropies += more
+        else:
+            start, skip, read, _ = tile.vectors_of_row(program, A, UNIT)
+            if program + 1 < total_rows:
+                scores, entropies = _score_row(
+                    conc1, conc0, value, start, skip, read, rows,
+                    conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
+                    A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST,
+                )  # fmt: skip
+            else:
+                scores, entropies = _score_row(
+                    conc1, conc0, value, start, skip, skip + A, rows,
+                    conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
+                    A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST,
+                )  # fmt: skip
         _store_sums(
             score, entropy, scores, entropies, program, total_rows, rows,
             A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
@@ -539,7 +619,7 @@ def score_kernel(
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             scores, entropies = _score_tile(
-                conc1, conc0, value, start, COUNT, rows,
+                conc1, conc0, value, start, 0, COUNT, COUNT, rows,
                 conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
                 A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST, True,
             )  # fmt: skip
@@ -548,8 +628,9 @@ def score_kernel(
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, True,
             )  # fmt: skip
         else:
+            left = tl.minimum(end - start, TILE).to(tl.int32)
             scores, entropies = _score_tile(
-                conc1, conc0, value, start, tl.minimum(end - start, TILE).to(tl.int32), rows,
+                conc1, conc0, value, start, 0, left, left, rows,
                 conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
                 A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST, False,
             )  # fmt: skip

@@ -365,6 +365,41 @@ def test_nan_parameters_come_through(device):
         assert score.isnan().tolist() == entropy.isnan().tolist() == [True, False]
 
 
+@pytest.mark.parametrize(
+    ("a", "dtype"),
+    [(257, torch.float32), (511, torch.float32), (257, torch.bfloat16), (260, torch.float16)],
+    ids=str,
+)
+def test_wide_rows_that_share_a_vector(a, dtype, device):
+    """A row's end and the next one's beginning lie in the same 16 bytes, which one of them stores.
+
+    Elements draw the same whatever the rows that they are in: by themselves, A = 1, they share
+    nothing.
+    """
+    errors = Errors()
+    rows, sample = 2, torch.Size((2,))
+    one, zero = parameters((rows, a), dtype, device, 0.5)
+    held = torch.full((2, rows, a + 8), math.nan, device=device).to(dtype)
+    apart = [held[k, :, :a].copy_(x) for k, x in enumerate((one, zero))]
+    state = State(pair(device))
+    clamp = clamps(a, dtype, device)[2]
+    options = {"state": state, "entropy": True, "keep": True}
+    value, score, entropy, _ = kernels.draw(one, zero, sample, 1, **options)
+    alone = kernels.draw(one, zero, sample, 0, state=state, score=False)[0]
+    assert torch.equal(value, alone)
+    held_in = kernels.draw(*apart, sample, 1, **options, clamp=clamp)
+    for got, expected in zip(
+        held_in, (normal.clamped(value, *clamp), score, entropy, value), strict=True
+    ):
+        assert torch.equal(got, expected)
+    scored = kernels.score(one, zero, value, 1, entropy=True)
+    own, truth = own_results(one, zero, value), truths(one, zero, value)
+    for got in (score, entropy), scored, kernels.score(*apart, value.float(), 1, entropy=True):
+        for name, g, o, t in zip(("score", "entropy"), got, own, truth, strict=True):
+            errors.add(name, g.to(dtype), o, t)
+    errors.check()
+
+
 @pytest.mark.parametrize("a", [1, 3, 8, 300])
 def test_strided_and_expanded_parameters_are_read_where_they_lie(a, device):
     rows = 1 if a > 100 else 5
