@@ -6,6 +6,7 @@ upper bounds; what a kernel takes is printed by `python -m tests.kernels.report`
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib
 import re
@@ -48,30 +49,55 @@ def test_every_kernel_is_compiled_for_every_target():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_sm_90(case):
-    code = machine.read(machine.compiled(case, "sm_90"))
+    code = machine.read(machine.compiled(case, "sm_90"), case.through)
     assert (code.stack, code.local) == (0, 0)
     if case.slots is not None:
         assert machine.slots_per_element(case, code) <= case.slots
-    if case.vectors:
-        _check_vectors(case, code)
+    _check_accesses(case, code)
 
 
-def _check_vectors(case, code):
-    size = 2 if "bf16" in case.name or "fp16" in case.name else 4
-    # What a thread handles of a tile, in whole vectors.
-    per_thread = case.constants["COUNT"] * size // (32 * case.warps) // 16
-    loads, stores = case.accesses or (per_thread, per_thread)
+def _check_accesses(case, code):
+    loads, stores = case.accesses
     assert code.widths["LDG.128"] >= loads
     assert code.widths["STG.128"] >= stores
+    if case.narrow is not None:
+        loads, stores = case.narrow
+        assert _narrow(code, "LDG") <= loads
+        assert _narrow(code, "STG") <= stores
+
+
+def _narrow(code, kind):
+    wide = {f"{kind}.128", f"{kind}.256"}
+    return sum(n for w, n in code.widths.items() if w.startswith(kind) and w not in wide)
+
+
+# What Beta's draw at A = 257 was made of before its rows were read in whole vectors, what it is
+# made of since, and that with one more element read or written by itself.
+@pytest.mark.parametrize(
+    ("widths", "good"),
+    [
+        ({"LDG.32": 16, "LDG.64": 2, "STG.32": 10, "STG.64": 1}, False),
+        ({"LDG.128": 4, "LDG.64": 2, "STG.128": 2, "STG.32": 2, "STG.64": 1}, True),
+        ({"LDG.128": 4, "LDG.64": 2, "LDG.32": 1, "STG.128": 2, "STG.32": 3}, False),
+        ({"LDG.128": 4, "LDG.64": 2, "STG.128": 2, "STG.32": 3, "STG.64": 1}, False),
+    ],
+)
+def test_the_check_finds_elements_one_at_a_time(widths, good):
+    (case,) = [c for c in CASES if c.name == "beta-draw-257-fp32"]
+    code = machine.Code(1, 0, 0, 1, {}, collections.Counter(widths))
+    if good:
+        _check_accesses(case, code)
+    else:
+        with pytest.raises(AssertionError):
+            _check_accesses(case, code)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100"])
 @pytest.mark.parametrize("case", NVIDIA, ids=lambda case: case.name)
 def test_other_nvidia(case, target):
-    code = machine.read(machine.compiled(case, target))
+    code = machine.read(machine.compiled(case, target), case.through)
     assert (code.stack, code.local) == (0, 0)
-    if case.vectors:
-        _check_vectors(case, code)
+    _check_accesses(case, code)
 
 
 @pytest.mark.parametrize("case", EVERYWHERE, ids=lambda case: case.name)
@@ -158,3 +184,25 @@ def test_the_shortest_way_leaves_out_a_slow_path():
         ]
     )
     assert [text.split()[0] for text in way] == ["MOV", "@!P0", "STG.E.128", "EXIT"]
+
+
+def test_a_way_goes_through_what_a_case_names():
+    listing = [
+        (0x00, "@P0 BRA 0x50"),
+        (0x10, "MOV R1, R2"),
+        (0x20, "LDG.E.128 R4, [R2]"),
+        (0x30, "STG.E.128 [R2], R4"),
+        (0x40, "BRA 0x70"),
+        (0x50, "LDG.E R4, [R2]"),
+        (0x60, "STG.E [R2], R4"),
+        (0x70, "EXIT"),
+    ]
+    short, long = [0x00, 0x50, 0x60, 0x70], [0x00, 0x10, 0x20, 0x30, 0x40, 0x70]
+
+    def way(through):
+        return [listing[i][0] for i in machine.shortest_path(listing, through)]
+
+    assert way(None) == short
+    assert way("LDG.128") == way("STG.128") == long
+    # Nothing of that kind: the shortest way of all.
+    assert way("LDG.64") == short

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastprob.kernels import bernoulli
 from fastprob.kernels._launch import FLAT_TILE, forward_grid
+from tests.kernels.accesses import flat, forward, size_of
 from tests.kernels.codegen_normal import ROWS, tiling
 from tests.kernels.machine import Case
 
@@ -27,10 +28,6 @@ def types(dtype: str) -> dict[str, str]:
     }
 
 
-def _size(dtype: str) -> int:
-    return 4 if dtype == "fp32" else 2
-
-
 def draw(
     a: int, dtype: str, probs: bool, slots: float | None = None, everywhere: bool = False, **flags
 ) -> Case:
@@ -52,8 +49,11 @@ def draw(
     # A wide row is one program, chunk by chunk.
     return Case(
         f"bernoulli-{name}", bernoulli.draw_kernel, types(dtype), constants, grid.warps,
-        grid.count if grid.wide else grid.tile, (2 + sums / a) * _size(dtype), slots,
-        vectors=not grid.wide, everywhere=everywhere,
+        grid.count if grid.wide else grid.tile, (2 + sums / a) * size_of(dtype), slots,
+        everywhere=everywhere,
+        **forward(
+            grid, a, dtype, 1, 1, sums=sums, random=given["RANDOM"], keep=given["KEEP"]
+        ),
     )  # fmt: skip
 
 
@@ -66,9 +66,8 @@ def score(a: int, dtype: str, probs: bool, slots: float, everywhere: bool = Fals
     name = f"bernoulli-score-entropy-{'probs' if probs else 'logits'}-{a}-{dtype}"
     return Case(
         name, bernoulli.score_kernel, types(dtype), constants, grid.warps, grid.tile,
-        (2 + 2 / a) * _size(dtype), slots, everywhere=everywhere,
-        # Two loads of a tile, and sums of its rows alone to store.
-        accesses=(2 * grid.count * _size(dtype) // (32 * grid.warps) // 16, 0),
+        (2 + 2 / a) * size_of(dtype), slots, everywhere=everywhere,
+        **forward(grid, a, dtype, 2, 0, sums=2),
     )  # fmt: skip
 
 
@@ -84,10 +83,11 @@ def backward(
     }  # fmt: skip
     kind = "score" if stored else "draw"
     name = f"bernoulli-{kind}-backward-{'probs' if probs else 'logits'}-{a}-{dtype}"
-    moved = (3 + 2 / a if stored else 2 + 1 / a) * _size(dtype)
+    moved = (3 + 2 / a if stored else 2 + 1 / a) * size_of(dtype)
     return Case(
         name, bernoulli.backward_kernel, types(dtype), constants, warps, count, moved, slots,
         everywhere=everywhere,
+        **flat(a, dtype, 1 + stored, 1, by_first=stored, random=not stored),
     )  # fmt: skip
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastprob.kernels import beta
-from fastprob.kernels._launch import FLAT_TILE
+from fastprob.kernels._launch import FLAT_TILE, Grid
+from tests.kernels.accesses import flat, forward, size_of
 from tests.kernels.codegen_normal import ROWS, tiling
 from tests.kernels.machine import Case
 
@@ -32,14 +33,10 @@ def types(dtype: str) -> dict[str, str]:
     }
 
 
-def _size(dtype: str) -> int:
-    return 4 if dtype == "fp32" else 2
-
-
 def draw(
     a: int, dtype: str, slots: float | None = None, everywhere: bool = False,
     kind: int = beta.RANDOM, score: bool = True, entropy: bool = False, clamp: int = 0,
-    keep: bool = False,
+    keep: bool = False, nvidia: bool = False,
 ) -> Case:  # fmt: skip
     grid = beta.tiling(ROWS, a)
     least, most = beta.limits(DTYPES[dtype])
@@ -61,12 +58,19 @@ def draw(
     return Case(
         name, beta.draw_kernel, types(dtype), constants, grid.warps,
         grid.count if grid.wide else grid.tile,
-        (3 + keep + (score + entropy) / a) * _size(dtype), slots, vectors=not grid.wide,
-        everywhere=everywhere, accesses=_accesses(grid, dtype, 2, 1 + keep),
+        (3 + keep + (score + entropy) / a) * size_of(dtype), slots,
+        everywhere=everywhere, nvidia=nvidia, through=_through(grid),
+        **forward(
+            grid, a, dtype, 2, 1 + keep, sums=score + entropy, random=random,
+            repeated=2 * (clamp == 2),
+        ),
     )  # fmt: skip
 
 
-def score(a: int, dtype: str, slots: float, everywhere: bool = False, entropy: bool = True) -> Case:
+def score(
+    a: int, dtype: str, slots: float, everywhere: bool = False, entropy: bool = True,
+    nvidia: bool = False,
+) -> Case:  # fmt: skip
     grid = beta.tiling(ROWS, a)
     constants = {
         **tiling(grid, a), "CONC1": 0, "CONC0": 0, "VALUE": 0, "SCORE": True, "ENTROPY": entropy,
@@ -74,9 +78,10 @@ def score(a: int, dtype: str, slots: float, everywhere: bool = False, entropy: b
     }  # fmt: skip
     name = f"beta-score{'-entropy' if entropy else ''}-{a}-{dtype}"
     return Case(
-        name, beta.score_kernel, types(dtype), constants, grid.warps, grid.tile,
-        (3 + (1 + entropy) / a) * _size(dtype), slots, everywhere=everywhere,
-        accesses=_accesses(grid, dtype, 3, 0),
+        name, beta.score_kernel, types(dtype), constants, grid.warps,
+        grid.count if grid.wide else grid.tile, (3 + (1 + entropy) / a) * size_of(dtype), slots,
+        everywhere=everywhere, nvidia=nvidia, through=_through(grid),
+        **forward(grid, a, dtype, 3, 0, sums=1 + entropy),
     )  # fmt: skip
 
 
@@ -93,11 +98,15 @@ def backward(
         **({} if kind == beta.RANDOM else {"by_conc1": None, "by_conc0": None}),
         **{n: None for n, needed in _bounds(clamp).items() if not needed},
     }  # fmt: skip
-    moved = (5 + 2 / a if given else 6 + 1 / a) * _size(dtype) + (8 if kind == beta.RANDOM else 0)
+    moved = (5 + 2 / a if given else 6 + 1 / a) * size_of(dtype) + (8 if kind == beta.RANDOM else 0)
     return Case(
         f"beta-{KINDS[kind]}-backward-{a}-{dtype}" + (f"-clamp={clamp}" if clamp else ""),
         beta.backward_kernel, types(dtype), constants, warps, count, moved, slots,
         everywhere=everywhere,
+        **flat(
+            a, dtype, 3 if given else 4, 2, slopes=2 * (kind == beta.RANDOM),
+            by_first=given, repeated=2 * (clamp == 2),
+        ),
     )  # fmt: skip
 
 
@@ -105,10 +114,9 @@ def _bounds(clamp: int) -> dict[str, bool]:
     return {"lo": clamp == 1, "hi": clamp == 1, "low": clamp == 2, "high": clamp == 2}
 
 
-def _accesses(grid, dtype: str, loads: int, stores: int) -> tuple[int, int]:
-    """128-bit loads and stores of a thread for so many tensors."""
-    each = grid.count * _size(dtype) // (32 * grid.warps) // 16
-    return loads * each, stores * each
+def _through(grid: Grid) -> str | None:
+    """Of the two ways of a wide row that of whole vectors, see `_tile.vectors_of_row`."""
+    return "LDG.128" if grid.wide else None
 
 
 # What was measured and at most 15%. The shortest way makes one try of 119 slots, and a tile makes
@@ -125,8 +133,10 @@ CASES = [
     draw(1, "fp32", 305, everywhere=True),
     draw(17, "fp32", 346, everywhere=True),
     draw(64, "fp32", 317),
-    draw(257, "fp32", 335),
+    draw(257, "fp32", 335, nvidia=True),
+    draw(257, "bf16", 335),
     draw(1500, "fp32", 318),
+    draw(1500, "bf16", 335, nvidia=True),
     draw(8, "fp32", 310, clamp=1, keep=True),
     draw(8, "fp32", 310, clamp=2),
     draw(8, "bf16", 310, clamp=1),
@@ -136,6 +146,8 @@ CASES = [
     score(8, "fp32", 160, everywhere=True),
     score(8, "fp32", 122, entropy=False),
     score(17, "fp32", 199),
+    score(257, "fp32", 184, nvidia=True),
+    score(257, "bf16", 184, nvidia=True),
     score(8, "bf16", 160),
     backward(8, "fp32", beta.RANDOM, 140, everywhere=True),
     backward(8, "fp32", beta.RANDOM, 145, everywhere=True, clamp=1),

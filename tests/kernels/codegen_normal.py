@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from fastprob.kernels import normal
 from fastprob.kernels._launch import FLAT_TILE, Grid, forward_grid
+from tests.kernels.accesses import flat, forward, size_of
 from tests.kernels.machine import Case
 
 ROWS = 1 << 20
@@ -50,15 +51,6 @@ def columns(flags: dict[str, int]) -> dict[str, int]:
     return {"loc_column": 1, "scale_column": 1} if flags.get("LOC", 0) >= 6 else {}
 
 
-def vectors(dtype: str, count: int, warps: int) -> int:
-    """Loads or stores of 128 bits that a thread needs for `count` elements of a program."""
-    return count * _size(dtype) // (32 * warps) // 16
-
-
-def _size(dtype: str) -> int:
-    return 4 if dtype == "fp32" else 2
-
-
 def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = False, **flags) -> Case:
     grid = forward_grid(ROWS, a, True)
     given = {
@@ -78,16 +70,19 @@ def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = Fals
     }  # fmt: skip
     constants.update(dict.fromkeys((n for n, needed in wanted.items() if not needed), None))
     name = "-".join([f"draw-{a}-{dtype}", *(f"{k}={v}" for k, v in flags.items())])
-    moved = (3 + bool(given["MAP"]) + given["SCORE"] / a) * _size(dtype)
+    moved = (3 + bool(given["MAP"]) + given["SCORE"] / a) * size_of(dtype)
     # A wide row is one program, chunk by chunk.
     elements = grid.count if grid.wide else grid.tile
-    each = vectors(dtype, grid.count, grid.warps)
+    # Of those begun anew for each sample from rows apart no stride is known.
+    scattered = (given.get("LOC") == 3) + (given.get("SCALE") == 3)
     return Case(
         f"normal-{name}", normal.draw_kernel, types(dtype), constants, grid.warps, elements,
-        moved, None if grid.wide else slots, vectors=given["CLAMP"] != 2 and not grid.wide,
-        everywhere=everywhere,
-        # Of loc and scale, which have vectors of their own where their rows lie apart.
-        accesses=(2 * each, (1 + given["MAP"]) * each) if columns(flags) else None,
+        moved, None if grid.wide else slots, everywhere=everywhere,
+        **forward(
+            grid, a, dtype, 2 - scattered, 1 + given["MAP"],
+            sums=given["SCORE"] + given["ENTROPY"], random=given["RANDOM"], keep=given["KEEP"],
+            repeated=2 * (given["CLAMP"] == 2), scattered=scattered,
+        ),
     )  # fmt: skip
 
 
@@ -104,11 +99,10 @@ def draw_backward(
         **columns(flags),
     }  # fmt: skip
     name = "-".join([f"draw-backward-{a}-{dtype}", *(f"{k}={v}" for k, v in flags.items())])
-    each = vectors(dtype, count, warps)
     return Case(
         f"normal-{name}", normal.draw_backward_kernel, types(dtype), constants, warps, count,
-        (5 + 1 / a) * _size(dtype), slots, everywhere=everywhere,
-        accesses=(3 * each, 2 * each) if columns(flags) else None,
+        (5 + 1 / a) * size_of(dtype), slots, everywhere=everywhere,
+        **flat(a, dtype, 3, 2, random=True),
     )  # fmt: skip
 
 
@@ -123,9 +117,8 @@ def score(
     name = f"normal-score{'-entropy' if entropy else ''}-{a}-{dtype}"
     return Case(
         name, normal.score_kernel, types(dtype), constants, grid.warps, grid.tile,
-        (3 + (1 + entropy) / a) * _size(dtype), slots, everywhere=everywhere,
-        # Three loads of a tile, and sums of its rows alone to store.
-        accesses=(3 * grid.count * _size(dtype) // (32 * grid.warps) // 16, 0),
+        (3 + (1 + entropy) / a) * size_of(dtype), slots, everywhere=everywhere,
+        **forward(grid, a, dtype, 3, 0, sums=1 + entropy),
     )  # fmt: skip
 
 
@@ -139,7 +132,8 @@ def score_backward(
     }  # fmt: skip
     return Case(
         f"normal-score-backward-{a}-{dtype}", normal.score_backward_kernel, types(dtype),
-        constants, warps, count, (5 + 2 / a) * _size(dtype), slots, everywhere=everywhere,
+        constants, warps, count, (5 + 2 / a) * size_of(dtype), slots, everywhere=everywhere,
+        **flat(a, dtype, 3, 2, by_first=True),
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from fastprob.kernels import projection
 from fastprob.kernels._launch import FLAT_TILE
+from tests.kernels.accesses import Accesses, vectors
 from tests.kernels.codegen_normal import ROWS
 from tests.kernels.machine import Case
 
@@ -21,7 +22,7 @@ def _work(dtype: str) -> tl.dtype:
 
 def elements(
     name: str, value: str, out: str, slots: float, *, a: int = 1, each: bool = False,
-    rounded: bool = False, table: int = 0, everywhere: bool = False, vectors: bool = True,
+    rounded: bool = False, table: int = 0, everywhere: bool = False,
 ) -> Case:  # fmt: skip
     count, warps = FLAT_TILE
     work = _work(value if rounded else out)
@@ -38,10 +39,34 @@ def elements(
     absent = {"low": not each, "high": not each, "table": not table, "lo": each, "hi": each,
               "n": table != 2}  # fmt: skip
     constants.update(dict.fromkeys((n for n, gone in absent.items() if gone), None))
+    # Bounds of a row of vectors are two loads, of others one for each element.
+    alike = a * SIZES[out] % 16 == 0
     return Case(
         f"projection-{name}-{value}-{out}", projection.elements_kernel, types, constants, warps,
-        count, SIZES[value] + SIZES[out], slots, vectors=vectors, everywhere=everywhere,
+        count, SIZES[value] + SIZES[out], slots, everywhere=everywhere,
+        **_one_for_one(
+            count, warps, [value], out, more=2 * (each and alike),
+            single=2 * (each and not alike) + bool(table),
+        ),
     )  # fmt: skip
+
+
+def _one_for_one(
+    count: int, warps: int, read: list[str], out: str, *, single: int, more: int = 0
+) -> Accesses:
+    """What is demanded of tensors that are read and written one for one.
+
+    Args:
+        count: elements of a program.
+        warps: of a program.
+        read: types of the tensors that are read.
+        out: that of the one that is written.
+        single: others that a thread reads one element at a time: bounds, a table, a mask.
+        more: 128-bit loads besides.
+    """
+    loads = sum(vectors(SIZES[name], count, warps) for name in read) + more
+    stores = vectors(SIZES[out], count, warps)
+    return {"accesses": (loads, stores), "narrow": (single * count // (32 * warps), 0)}
 
 
 def clamp_backward(dtype: str, slots: float, a: int = 1, everywhere: bool = False) -> Case:
@@ -59,12 +84,13 @@ def clamp_backward(dtype: str, slots: float, a: int = 1, everywhere: bool = Fals
     return Case(
         f"projection-clamp-backward-{a}-{dtype}", projection.clamp_backward_kernel, types,
         constants, warps, count, 3 * SIZES[dtype], slots, everywhere=everywhere,
+        **_one_for_one(count, warps, [dtype] * 2, dtype, single=2 * each),
     )  # fmt: skip
 
 
 def one_hot(
     widths: tuple[int, ...], value: str, out: str, slots: float, *, masked: bool = False,
-    everywhere: bool = False, vectors: bool = True,
+    everywhere: bool = False,
 ) -> Case:  # fmt: skip
     a, parts = sum(widths), len(widths)
     size = min(SIZES[value], SIZES[out])
@@ -98,8 +124,10 @@ def one_hot(
     name = "x".join(map(str, widths)) + ("-mask" if masked else "")
     return Case(
         f"projection-one-hot-{name}-{value}-{out}", kernel, types, constants, grid.warps,
-        grid.tile, SIZES[value] + SIZES[out], slots, vectors=vectors and bool(grid.count),
+        grid.tile, SIZES[value] + SIZES[out], slots,
         everywhere=everywhere,
+        # Of a wide segment what one whole chunk takes.
+        **_one_for_one(grid.count or grid.tile, grid.warps, [value], out, single=masked),
     )  # fmt: skip
 
 
@@ -108,23 +136,23 @@ def one_hot(
 CASES = [
     elements("clamp", "fp32", "fp32", 5.8, everywhere=True),
     elements("clamp", "bf16", "bf16", 7.9),
-    elements("clamp", "i64", "i64", 15, vectors=False),
+    elements("clamp", "i64", "i64", 15),
     elements("clamp-each-8", "fp32", "fp32", 6.7, a=8, each=True),
     elements("clamp-each-17", "fp32", "fp32", 23, a=17, each=True),
     elements("index", "fp32", "fp32", 9.3, rounded=True),
-    elements("nearest", "i64", "i64", 17, rounded=True, table=1, vectors=False),
+    elements("nearest", "i64", "i64", 17, rounded=True, table=1),
     clamp_backward("fp32", 8.9, everywhere=True),
     clamp_backward("fp32", 27, a=17),
-    one_hot((8,), "fp32", "i64", 20.8, vectors=False, everywhere=True),
+    one_hot((8,), "fp32", "i64", 20.8, everywhere=True),
     one_hot((8,), "fp32", "fp32", 18.6),
-    one_hot((8,), "i64", "i64", 33, vectors=False),
+    one_hot((8,), "i64", "i64", 33),
     one_hot((8,), "bf16", "bf16", 24.7, masked=True),
-    one_hot((64,), "fp32", "i1", 16.5, vectors=False),
-    one_hot((17,), "fp32", "i64", 33, vectors=False, everywhere=True),
+    one_hot((64,), "fp32", "i1", 16.5),
+    one_hot((17,), "fp32", "i64", 33, everywhere=True),
     one_hot((17,), "fp32", "fp32", 51, masked=True),
-    one_hot((4, 1, 9, 2), "fp32", "i64", 19.5, vectors=False, everywhere=True),
+    one_hot((4, 1, 9, 2), "fp32", "i64", 19.5, everywhere=True),
     one_hot((4, 3, 4), "bf16", "bf16", 44, masked=True),
-    one_hot((10, 12, 8), "fp32", "i64", 41, vectors=False),
-    one_hot((40, 3, 30), "fp32", "i64", 38, vectors=False),
+    one_hot((10, 12, 8), "fp32", "i64", 41),
+    one_hot((40, 3, 30), "fp32", "i64", 38),
     one_hot((3000,), "fp32", "i64", 34, everywhere=True),
 ]

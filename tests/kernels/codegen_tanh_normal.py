@@ -9,7 +9,8 @@ import torch
 from fastprob.kernels import tanh_normal
 from fastprob.kernels._launch import FLAT_TILE, forward_grid
 from tests.kernels import codegen_normal
-from tests.kernels.codegen_normal import APART, ROWS, tiling, vectors
+from tests.kernels.accesses import flat, forward, size_of
+from tests.kernels.codegen_normal import APART, ROWS, tiling
 from tests.kernels.machine import Case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,10 +22,6 @@ def _types(dtype: str) -> dict[str, str]:
         **dict.fromkeys(("halves", "mids"), f"*{dtype}"),
         **dict.fromkeys(("half", "mid", "log_half"), "fp32"),
     }
-
-
-def _size(dtype: str) -> int:
-    return 4 if dtype == "fp32" else 2
 
 
 def _none(kernel: Any, wanted: dict[str, bool]) -> dict[str, None]:
@@ -77,13 +74,15 @@ def draw(
     }  # fmt: skip
     name = f"tanh-normal-draw-{a}-{dtype}-span={span}-clamp={clamp}-kind={kind}"
     name += "-extracted" if extracted else ""
-    each = vectors(dtype, grid.count, grid.warps)
     # A wide row is one program, chunk by chunk.
     return Case(
         name, kernel, _types(dtype), constants, grid.warps, grid.count if grid.wide else grid.tile,
-        (3 + extracted + 1 / a) * _size(dtype), slots,
-        vectors=span != 2 and clamp != 2 and not grid.wide, everywhere=everywhere,
-        accesses=(2 * each, 2 * each) if extracted else None,
+        (3 + extracted + 1 / a) * size_of(dtype), slots,
+        everywhere=everywhere,
+        **forward(
+            grid, a, dtype, 2, 1 + extracted, sums=1, random=random,
+            repeated=2 * (span == 2) + 2 * (clamp == 2),
+        ),
     )  # fmt: skip
 
 
@@ -110,9 +109,11 @@ def draw_backward(
     name = f"tanh-normal-draw-backward-{a}-{dtype}-span={span}-clamp={clamp}-kind={kind}"
     return Case(
         name + ("-extracted" if extracted else ""), kernel, _types(dtype), constants, warps, count,
-        (5 + 1 / a) * _size(dtype), slots, everywhere=everywhere,
-        accesses=(3 * vectors(dtype, count, warps), 2 * vectors(dtype, count, warps))
-        if extracted else None,
+        (5 + 1 / a) * size_of(dtype), slots, everywhere=everywhere,
+        **flat(
+            a, dtype, 3, 2, random=kind == tanh_normal.RANDOM,
+            repeated=2 * (span == 2) + 2 * (clamp == 2),
+        ),
     )  # fmt: skip
 
 
@@ -127,9 +128,8 @@ def score(
     }  # fmt: skip
     return Case(
         f"tanh-normal-score-{a}-{dtype}-span={span}", kernel, _types(dtype), constants, grid.warps,
-        grid.tile, (3 + 1 / a) * _size(dtype), slots, everywhere=everywhere,
-        # Three loads of a tile, and sums of its rows alone to store.
-        accesses=(3 * grid.count * _size(dtype) // (32 * grid.warps) // 16, 0),
+        grid.tile, (3 + 1 / a) * size_of(dtype), slots, everywhere=everywhere,
+        **forward(grid, a, dtype, 3, 0, sums=1),
     )  # fmt: skip
 
 
@@ -150,8 +150,8 @@ def score_backward(
     }  # fmt: skip
     return Case(
         f"tanh-normal-score-backward-{a}-{dtype}-value={to_value}", kernel, _types(dtype),
-        constants, warps, count, (5 + to_value + 1 / a) * _size(dtype), slots,
-        everywhere=everywhere,
+        constants, warps, count, (5 + to_value + 1 / a) * size_of(dtype), slots,
+        everywhere=everywhere, **flat(a, dtype, 3, 2 + to_value),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from fastprob.kernels import truncated_normal
 from fastprob.kernels._launch import FLAT_TILE
 from fastprob.kernels.truncated_normal import Form, backward_form, forward_form
 from tests.kernels import codegen_normal
+from tests.kernels.accesses import flat, forward, size_of
 from tests.kernels.codegen_normal import APART, ROWS, tiling
 from tests.kernels.machine import Case
 
@@ -23,10 +24,6 @@ def _types(dtype: str) -> dict[str, str]:
         **dict.fromkeys(("clamp_lo", "clamp_hi"), "fp32"),
         **dict.fromkeys(("low_row", "low_column", "high_row", "high_column"), "i64"),
     }
-
-
-def _size(dtype: str) -> int:
-    return 4 if dtype == "fp32" else 2
 
 
 def _limits(kernel: Any, dtype: str, tensors: bool, clamp: int, **wanted: bool) -> dict[str, Any]:
@@ -45,21 +42,22 @@ def _limits(kernel: Any, dtype: str, tensors: bool, clamp: int, **wanted: bool) 
     return {**layout, **none}
 
 
-def _read(a: int, dtype: str, tensors: bool, others: int) -> int:
-    """How many tensors are loaded in whole vectors: bounds `[A]` where a row is one or more."""
-    return others + 2 * (tensors and a * _size(dtype) % 16 == 0)
+def _read(a: int, dtype: str, tensors: bool, clamp: int, others: int) -> dict[str, int]:
+    """How many tensors are read one for one, and how many `[A]`.
+
+    Bounds that the batch repeats are of the first kind where a row is one or more vectors: the
+    compiler does not see that a thread's vectors are the same ones.
+    """
+    whole = tensors and a * size_of(dtype) % 16 == 0
+    return {"loads": others + 2 * whole, "repeated": 2 * (tensors and not whole) + 2 * (clamp == 2)}
 
 
-def _form(
-    form: Form, amd: Form, count: int, warps: int, size: int, loads: int, stores: int
-) -> dict[str, Any]:
-    """What a case says of the form of its kernel, and of how many tensors it loads and stores."""
-    vectors = count * size // (32 * form.warps * warps) // 16
+def _form(form: Form, amd: Form, warps: int) -> dict[str, Any]:
+    """What a case says of the form of its kernel."""
     return {
         "turns": 2 if form.cut else 1,
         "registers": form.registers,
         "amd": {"warps": amd.warps * warps, "CUT": amd.cut},
-        "accesses": (loads * vectors, stores * vectors),
     }
 
 
@@ -75,7 +73,7 @@ def draw(
     everywhere: bool = False,
     nvidia: bool = False,
 ) -> Case:
-    how = _size(dtype), tensors, entropy, ROWS, a
+    how = size_of(dtype), tensors, entropy, ROWS, a
     grid, form = forward_form(*how)
     kernel = truncated_normal.draw_kernel
     random = kind == truncated_normal.RANDOM
@@ -93,11 +91,12 @@ def draw(
     return Case(
         name, kernel, _types(dtype), constants, form.warps * grid.warps,
         grid.count if grid.wide else grid.tile,
-        (3 + (1 + entropy) / a) * _size(dtype), slots, vectors=not grid.wide,
+        (3 + (1 + entropy) / a) * size_of(dtype), slots,
         everywhere=everywhere, nvidia=nvidia,
-        **_form(
-            form, forward_form(*how, amd=True)[1], grid.count, grid.warps, _size(dtype),
-            _read(a, dtype, tensors, 2), 1,
+        **_form(form, forward_form(*how, amd=True)[1], grid.warps),
+        **forward(
+            grid, a, dtype, **_read(a, dtype, tensors, clamp, 2), stores=1, sums=1 + entropy,
+            warps=form.warps * grid.warps, random=random,
         ),
     )  # fmt: skip
 
@@ -115,7 +114,7 @@ def draw_backward(
     nvidia: bool = False,
 ) -> Case:
     count, warps = FLAT_TILE
-    form = backward_form(_size(dtype))
+    form = backward_form(size_of(dtype))
     kernel = truncated_normal.draw_backward_kernel
     random = kind == truncated_normal.RANDOM
     constants = {
@@ -130,10 +129,11 @@ def draw_backward(
     )
     return Case(
         name, kernel, _types(dtype), constants, form.warps * warps, count,
-        (5 + (1 + entropy) / a) * _size(dtype), slots, everywhere=everywhere, nvidia=nvidia,
-        **_form(
-            form, backward_form(_size(dtype), amd=True), count, warps, _size(dtype),
-            _read(a, dtype, tensors, 3), 2,
+        (5 + (1 + entropy) / a) * size_of(dtype), slots, everywhere=everywhere, nvidia=nvidia,
+        **_form(form, backward_form(size_of(dtype), amd=True), warps),
+        **flat(
+            a, dtype, **_read(a, dtype, tensors, clamp, 3), stores=2, warps=form.warps,
+            by_first=entropy, random=random,
         ),
     )  # fmt: skip
 
@@ -148,7 +148,7 @@ def score(
     everywhere: bool = False,
     nvidia: bool = False,
 ) -> Case:
-    how = _size(dtype), tensors, entropy, ROWS, a
+    how = size_of(dtype), tensors, entropy, ROWS, a
     grid, form = forward_form(*how)
     kernel = truncated_normal.score_kernel
     constants = {
@@ -158,10 +158,11 @@ def score(
     return Case(
         f"truncated-normal-score-{a}-{dtype}-tensors={tensors}-entropy={entropy}", kernel,
         _types(dtype), constants, form.warps * grid.warps, grid.tile,
-        (3 + (1 + entropy) / a) * _size(dtype), slots, everywhere=everywhere, nvidia=nvidia,
-        **_form(
-            form, forward_form(*how, amd=True)[1], grid.count, grid.warps, _size(dtype),
-            _read(a, dtype, tensors, 3), 0,
+        (3 + (1 + entropy) / a) * size_of(dtype), slots, everywhere=everywhere, nvidia=nvidia,
+        **_form(form, forward_form(*how, amd=True)[1], grid.warps),
+        **forward(
+            grid, a, dtype, **_read(a, dtype, tensors, 0, 3), stores=0, sums=1 + entropy,
+            warps=form.warps * grid.warps,
         ),
     )  # fmt: skip
 
@@ -176,20 +177,22 @@ def score_backward(
     everywhere: bool = False,
 ) -> Case:
     count, warps = FLAT_TILE
-    form = backward_form(_size(dtype))
+    form = backward_form(size_of(dtype))
     kernel = truncated_normal.score_backward_kernel
     constants = {
         "A": a, "COUNT": count, "LOC": 0, "SCALE": 0, "VALUE": 0, "BY_SCORE": True,
         "BY_ENTROPY": True, "TO_VALUE": to_value, "FAST": True, "CUT": form.cut,
         **_limits(kernel, dtype, tensors, 0, grad_value=to_value),
     }  # fmt: skip
-    amd = backward_form(_size(dtype), amd=True)
+    amd = backward_form(size_of(dtype), amd=True)
     return Case(
         f"truncated-normal-score-backward-{a}-{dtype}-tensors={tensors}-value={to_value}", kernel,
         _types(dtype), constants, form.warps * warps, count,
-        (5 + to_value + 3 / a) * _size(dtype), slots, everywhere=everywhere,
-        **_form(
-            form, amd, count, warps, _size(dtype), _read(a, dtype, tensors, 3), 2 + to_value
+        (5 + to_value + 3 / a) * size_of(dtype), slots, everywhere=everywhere,
+        **_form(form, amd, warps),
+        **flat(
+            a, dtype, **_read(a, dtype, tensors, 0, 3), stores=2 + to_value, warps=form.warps,
+            by_row=2, by_first=True,
         ),
     )  # fmt: skip
 

@@ -41,11 +41,12 @@ class Case:
         elements: elements that a program handles.
         bytes: bytes that must move for each element.
         slots: most issue slots for each element on sm_90, None where nothing is demanded.
-        vectors: whether every load and store of a tile must be one of 128 bits.
         everywhere: whether it is compiled for every target, not for sm_90 alone.
         nvidia: whether for all of NVIDIA's, at least.
-        accesses: 128-bit loads and stores of a thread at the least; None where they are those of
-            COUNT elements.
+        accesses: 128-bit loads and stores of a thread at the least.
+        narrow: loads and stores of fewer bits at the most; None where nothing is demanded.
+        through: a kind of access that the shortest way has one of, where there is one: `"LDG.128"`
+            where the last row has code of its own, which may be the shorter one.
         turns: of the innermost loop on the shortest way.
         registers: most that the assembler may take on NVIDIA's targets; None for its own choice.
         amd: what differs there: constants, and `"warps"`.
@@ -59,9 +60,10 @@ class Case:
     elements: int
     bytes: float
     slots: float | None = None
-    vectors: bool = True
     everywhere: bool = False
-    accesses: tuple[int, int] | None = None
+    accesses: tuple[int, int] = field(kw_only=True)
+    narrow: tuple[int, int] | None = None
+    through: str | None = None
     turns: int = 1
     registers: int | None = None
     amd: dict[str, int] = field(default_factory=dict)
@@ -127,8 +129,8 @@ def _run(tool: str, *arguments: str) -> str:
     return done.stdout
 
 
-def read(binary: Any) -> Code:
-    """Reads a kernel compiled for one of NVIDIA's targets."""
+def read(binary: Any, through: str | None = None) -> Code:
+    """Reads a kernel compiled for one of NVIDIA's targets; `through` as `Case` has it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -139,7 +141,7 @@ def read(binary: Any) -> Code:
         (int(address, 16), text.strip())
         for address, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);\s+/\*", listing)
     ]
-    path = shortest_path(instructions)
+    path = shortest_path(instructions, through)
     way = [instructions[i][1] for i in path]
     return Code(
         registers=used["REG"],
@@ -184,8 +186,17 @@ def innermost_turn(instructions: list[tuple[int, str]], path: list[int]) -> list
     return min(turns, key=len, default=[])
 
 
-def shortest_path(instructions: list[tuple[int, str]]) -> list[int]:
-    """Where the fewest instructions from the entry to an exit stand, by Dijkstra 1959."""
+def shortest_path(instructions: list[tuple[int, str]], through: str | None = None) -> list[int]:
+    """Where the fewest instructions from the entry to an exit stand, by Dijkstra 1959.
+
+    Past an access of the kind `through`, where there is one. A place is an instruction, plus their
+    number where such a one has been passed.
+    """
+    length = len(instructions)
+    passed = [
+        length * (through is not None and _width(text) == through) for _, text in instructions
+    ]
+    wanted = length if any(passed) else 0
     index = {address: i for i, (address, _) in enumerate(instructions)}
     # An exit of some threads alone is passed by, but where there is no other: a loop may end so.
     guarded = all(_split(t)[0] for _, t in instructions if _split(t)[1].split(".")[0] == "EXIT")
@@ -208,25 +219,28 @@ def shortest_path(instructions: list[tuple[int, str]]) -> list[int]:
         taken = [] if target is None else [target]
         return taken if always else [*taken, i + 1]
 
-    steps, before, queue = {0: 0}, {}, [(0, 0)]
+    steps, before, queue = {passed[0]: 0}, {}, [(0, passed[0])]
     end = None
     while queue:
         count, i = heapq.heappop(queue)
         if count > steps[i]:
             continue
-        after = successors(i)
-        if after is None:
+        after = successors(i % length)
+        if after is None and i >= wanted:
             end = i
             break
-        for j in after:
-            if j < len(instructions) and count + 1 < steps.get(j, count + 2):
+        for j in after or ():
+            if j >= length:
+                continue
+            j += max(i - i % length, passed[j])
+            if count + 1 < steps.get(j, count + 2):
                 steps[j], before[j] = count + 1, i
                 heapq.heappush(queue, (count + 1, j))
     assert end is not None, "no way leads to an exit"
     way = [end]
     while way[-1] in before:
         way.append(before[way[-1]])
-    return way[::-1]
+    return [i % length for i in way[::-1]]
 
 
 def _width(text: str) -> str | None:

@@ -14,7 +14,7 @@ def main(wanted: str = "") -> None:
     for case in CASES:
         if wanted not in case.name:
             continue
-        code = machine.read(machine.compiled(case, "sm_90"))
+        code = machine.read(machine.compiled(case, "sm_90"), case.through)
         slots = machine.slots_per_element(case, code)
         limit = "" if case.slots is None else f"{case.slots:g}"
         roof = f"{machine.roof(case, code):.0%}"

@@ -1,0 +1,107 @@
+"""How a kernel's threads may reach memory: what the cases of its machine code demand.
+
+Tensors whose elements a tile reads or writes one for one are moved in 128 bits. Fewer bits are left
+to what has one element for a row or for a program, and to tensors `[A]` or of rows apart in which
+no vectors lie. What is demanded is for a thread, on the shortest way.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from fastprob.kernels._launch import FLAT_TILE, Grid
+
+
+class Accesses(TypedDict):
+    """Arguments of a `machine.Case`."""
+
+    accesses: tuple[int, int]
+    narrow: tuple[int, int]
+
+
+def size_of(dtype: str) -> int:
+    """Bytes of an element."""
+    return 4 if dtype == "fp32" else 2
+
+
+def vectors(size: int, count: int, warps: int) -> int:
+    """Loads or stores of 128 bits that a thread needs for `count` elements of `size` bytes."""
+    return -(-count * size // (32 * warps * 16))
+
+
+def forward(
+    grid: Grid, a: int, dtype: str, loads: int, stores: int, *, sums: int, warps: int | None = None,
+    random: bool = False, keep: bool = False, repeated: int = 0, scattered: int = 0,
+) -> Accesses:  # fmt: skip
+    """Of a forward pass over rows of `a`.
+
+    Args:
+        grid: its tiles.
+        a: size of a row.
+        dtype: of all tensors.
+        loads: tensors that are read one for one.
+        stores: tensors that are written so.
+        sums: results of rows.
+        warps: of a program, where they are not those of `grid`.
+        random: whether the state of the noise is read and advanced.
+        keep: whether what a draw has used is written.
+        repeated: tensors `[A]` that are read.
+        scattered: tensors that are read one for one whose rows have no vectors.
+    """
+    size = size_of(dtype)
+    threads = 32 * (warps or grid.warps)
+    # Of a row within one chunk the elements that exist.
+    count = min(grid.count, a) if grid.wide else grid.count
+    each = vectors(size, count, threads // 32)
+    elements = -(-grid.count // threads)
+    wide = elements * size >= 16
+    alike = a * size % 16 == 0
+    narrow_loads = 2 * random + (scattered + (0 if alike else repeated)) * elements
+    if a == 1:
+        # A row's result is one for each element.
+        stores, sums = stores + sums, 0
+    narrow_stores = sums * -(-grid.own // threads) + 2 * random + 2 * keep
+    if not wide:
+        # A thread has less than a vector, which is one access.
+        return {
+            "accesses": (0, 0),
+            "narrow": (narrow_loads + loads + alike * repeated, narrow_stores + stores),
+        }
+    return {
+        "accesses": (loads * each + alike * repeated, stores * each),
+        "narrow": (narrow_loads, narrow_stores),
+    }
+
+
+def flat(
+    a: int, dtype: str, loads: int, stores: int, *, warps: int = 1, slopes: int = 0,
+    by_row: int = 1, by_first: bool = False, random: bool = False, repeated: int = 0,
+) -> Accesses:  # fmt: skip
+    """Of a backward pass over rows of `a`.
+
+    Args:
+        a: size of a row.
+        dtype: of all tensors but the slopes.
+        loads: tensors that are read one for one.
+        stores: tensors that are written so.
+        warps: of a program, times those of a flat tile.
+        slopes: fp32 tensors that are read so.
+        by_row: tensors with one element for each row, such as the gradient of its score.
+        by_first: whether there is one with an element for each of the first rows, the gradient of
+            their entropy.
+        random: whether the state of the noise is read.
+        repeated: tensors `[A]` that are read.
+    """
+    count, warps = FLAT_TILE[0], FLAT_TILE[1] * warps
+    size, elements = size_of(dtype), count // (32 * warps)
+    each = vectors(size, count, warps)
+    alike = a * size % 16 == 0
+    # Rows lie within a tile, or a vector has two of them; see `_tile.of_rows`.
+    rows = -(-count // a // (32 * warps)) if count % a == 0 else 0
+    narrow = 2 * random + by_row * (rows or 2 * each) + by_first * (rows or elements)
+    return {
+        "accesses": (
+            loads * each + slopes * vectors(4, count, warps) + alike * repeated, stores * each
+        ),
+        "narrow": (narrow + (0 if alike else repeated * elements), 0),
+    }  # fmt: skip
