@@ -500,8 +500,11 @@ class ProbabilisticTensorDictModule(_upstream.ProbabilisticTensorDictModule, Cal
             # A mean is of no kind: it lies between the members.
             kind = None if interaction is MEAN else getattr(dist, "_kind", None)
             items = self._project(items, kind)
-        if parameters is not None:
+        if parameters is not None and shape is None:
             items = parameters() + items
+        elif parameters is not None:
+            # As a module of its own gives them: to the input, which is expanded after that.
+            write(out, parameters(), self)
         if self.cache_dist and out is not tensordict:
             found = ((k, tensordict.get(k, None)) for k in self.in_keys)
             # A parameter that the distribution can do without may be missing.

@@ -244,7 +244,7 @@ def test_compiled_and_batched_equal_eager(kind, family, device):
 
 def policy(
     device, safe=False, name="biased_softplus_1.0", apart=False, dist=IndependentNormal,
-    kwargs=None, log_prob=True,
+    kwargs=None, log_prob=True, samples=None,
 ):  # fmt: skip
     torch.manual_seed(0)
     layers = [nn.Linear(3, 16, device=device), nn.Tanh(), nn.Linear(16, 8, device=device)]
@@ -258,7 +258,7 @@ def policy(
         modules = [TensorDictModule(body, ["observation"], ["loc", "scale"])]
     kwargs = {
         "in_keys": ["loc", "scale"], "out_keys": ["action"], "return_log_prob": log_prob,
-        "distribution_class": dist, "distribution_kwargs": kwargs,
+        "distribution_class": dist, "distribution_kwargs": kwargs, "num_samples": samples,
     }  # fmt: skip
     if safe:
         spec = Bounded(low=-0.5, high=0.5, shape=(4,))
@@ -337,6 +337,46 @@ def test_a_sequence_runs_both_as_one(apart, safe, log_prob, dist, kwargs, kind, 
         grads.append(torch.autograd.grad(total.sum(), one.parameters()))
         if one is fused:
             assert launches == [1]
+    for g, e in zip(*grads, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("samples", [3, (2, 2), 1])
+@pytest.mark.parametrize("log_prob", [False, True])
+@pytest.mark.parametrize(
+    ("dist", "kwargs", "kind"),
+    [
+        *((IndependentNormal, None, k) for k in ("random", "mean")),
+        *((TanhNormal, None, k) for k in ("random", "mode")),
+        (TanhNormal, {"low": -torch.ones(4), "high": torch.ones(4) * 2}, "random"),
+    ],
+)
+def test_a_sequence_of_several_samples(apart, samples, log_prob, dist, kwargs, kind, device):
+    kwargs = kwargs and {k: v.to(device) for k, v in kwargs.items()}
+    fused, apart_from_it = (
+        policy(device, apart=apart, dist=dist, kwargs=kwargs, log_prob=log_prob, samples=samples)
+        for _ in range(2)
+    )
+    apart_from_it[-2].register_forward_hook(lambda *_: None)
+    inputs, results, grads = [], [], []
+    for one in (fused, apart_from_it):
+        torch.manual_seed(7)
+        td = observed(device)
+        with set_interaction_type(kind):
+            out = one(td)
+        # loc and scale weigh as much as they are samples.
+        total = sum(v.sin().sum() for k, v in out.items() if k != "observation")
+        grads.append(torch.autograd.grad(total, one.parameters()))
+        inputs.append(td)
+        results.append(out)
+    # The input has got loc and scale, and the result has them for each sample.
+    for got, expected in (inputs, results):
+        assert list(got.keys()) == list(expected.keys())
+        assert got.batch_size == expected.batch_size
+        for key in list(got.keys()):
+            torch.testing.assert_close(got[key], expected[key], rtol=2e-6, atol=2e-6)
+    assert {"loc", "scale"} <= set(inputs[0].keys())
     for g, e in zip(*grads, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5)
 
