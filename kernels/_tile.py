@@ -183,6 +183,36 @@ def load(
 
 
 @triton.jit
+def load_first(
+    ptr, start, i, inside, rows, row_stride, column_stride,
+    A: tl.constexpr, COUNT: tl.constexpr, LAYOUT: tl.constexpr, WHOLE: tl.constexpr,
+    REPEATED: tl.constexpr,
+):  # fmt: skip
+    """Loads a tile of a tensor that has the first `rows` rows alone, where REPEATED; 0 behind them.
+
+    By a branch: a mask of all tiles left 8 loads of one element at A = 17, and took 126 registers
+    for the Normal's gradient there, now 116; 80 at A = 8, now 63.
+    """
+    if REPEATED:
+        x = tl.zeros([COUNT], tl.float32)
+        ahead = rows.to(tl.int64) * A - start
+        if ahead >= COUNT:
+            x = load(
+                ptr, start, i, inside, 0.0, rows, row_stride, column_stride, A, COUNT, LAYOUT, WHOLE
+            )
+        elif ahead > 0:
+            x = load(
+                ptr, start, i, inside & (i < ahead.to(tl.int32)), 0.0, rows, row_stride,
+                column_stride, A, COUNT, LAYOUT, False,
+            )  # fmt: skip
+        return x
+    else:
+        return load(
+            ptr, start, i, inside, 0.0, rows, row_stride, column_stride, A, COUNT, LAYOUT, WHOLE
+        )
+
+
+@triton.jit
 def of_rows(ptr, start, i, inside, A: tl.constexpr, COUNT: tl.constexpr, WHOLE: tl.constexpr):
     """One value of each row, at each of its elements, in fp32; 0 at those that do not exist."""
     if WHOLE and COUNT % A == 0:
@@ -232,6 +262,27 @@ def store(ptr, start, x, i, inside, COUNT: tl.constexpr, TILE: tl.constexpr, WHO
     else:
         # TILE is a multiple of 4, so that vectors are kept.
         tl.store(ptr + start + i, x, mask=i < TILE)
+
+
+@triton.jit
+def store_first(
+    ptr, start, x, i, inside, rows,
+    A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
+    REPEATED: tl.constexpr,
+):  # fmt: skip
+    """`store` to a tensor that has the first `rows` rows alone, where REPEATED.
+
+    By a branch, as `load_first`: a mask of all tiles made four stores of 128 bits 16 of one element
+    at A = 17.
+    """
+    if REPEATED:
+        ahead = rows.to(tl.int64) * A - start
+        if ahead >= COUNT:
+            store(ptr, start, x, i, inside, COUNT, TILE, WHOLE)
+        elif ahead > 0:
+            store(ptr, start, x, i, inside & (i < ahead.to(tl.int32)), COUNT, TILE, False)
+    else:
+        store(ptr, start, x, i, inside, COUNT, TILE, WHOLE)
 
 
 @triton.jit

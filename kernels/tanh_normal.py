@@ -120,7 +120,11 @@ def _draw_tile(
         )
     if MAP:
         sigma = positive(sigma, bias, least, floor, MAP, FAST)
-        tile.store(mapped, start, sigma, i, inside, COUNT, TILE, WHOLE and TILE % 4 == 0)
+        # Several samples have one scale, which the first of them writes.
+        tile.store_first(
+            mapped, start, sigma, i, inside, rows,
+            A, COUNT, TILE, WHOLE and TILE % 4 == 0, SCALE % 2 == 1,
+        )  # fmt: skip
     z = tl.zeros([COUNT], tl.float32)
     x = mu
     jacobian = mu
@@ -375,9 +379,10 @@ def _draw_backward_tile(
             by_scale -= by_row * m.reciprocal(sigma, FAST)
     if MAP:
         if MAPPED >= 0:
-            by_scale += tile.load(
-                grad_mapped, start, i, inside, 0.0, rows, mapped_row, mapped_column,
-                A, COUNT, MAPPED, WHOLE,
+            # The scale has no sample dimensions: its gradient goes to the first sample alone.
+            by_scale += tile.load_first(
+                grad_mapped, start, i, inside, rows, mapped_row, mapped_column,
+                A, COUNT, MAPPED, WHOLE, SCALE % 2 == 1,
             )  # fmt: skip
         by_scale *= rise
     tile.store_at(grad_loc, start, by_loc, i, inside, rows, out_row, A, COUNT, OUT, WHOLE)
@@ -608,7 +613,8 @@ def draw(
         clamp: the `Bounds` that the value is projected onto, after it was scored.
         keep: whether the backward pass needs the state.
         raw: how the standard deviation is mapped from `scale`, if that is a raw value.
-        mapped: gets the standard deviation then, `[*batch, *event]`, contiguous; no samples.
+        mapped: gets the standard deviation then, `[*batch, *event]`, contiguous. Nothing is written
+            to it where there is no sample.
 
     Returns:
         value `[*sample, *batch, *event]`, log-density `[*sample, *batch]` and an int64 pair; None
@@ -682,7 +688,11 @@ def draw_backward(
         clamp: as in `draw`.
         raw: as in `draw`.
         grad_mapped: gradient of the standard deviation itself, None for none.
-        into: `[*batch, 2 A]`, contiguous, gets both gradients side by side; no samples.
+        into: `[*sample, *batch, 2 A]`, contiguous, gets both gradients side by side. Those of the
+            samples are left to the caller to add up, in one sum in place of two.
+
+    Returns:
+        both; with `into` its halves, `[*sample, *batch, *event]`.
     """
     a = event_numel(loc.shape, ndims)
     out, out_row = FLAT, 0
@@ -714,6 +724,8 @@ def draw_backward(
             CLAMP=kind, MAP=raw.kind, MAPPED=further.layout if grad_mapped is not None else -1,
             OUT=out, FAST=fast(loc), num_warps=warps,
         )  # fmt: skip
+    if into is not None:
+        return grad_loc, grad_scale
     return fold(grad_loc, loc), fold(grad_scale, scale)
 
 

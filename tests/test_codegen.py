@@ -24,6 +24,7 @@ CASES = [
 ]
 NVIDIA = [c for c in CASES if c.everywhere or c.nvidia]
 EVERYWHERE = [c for c in CASES if c.everywhere]
+EXTRACTED = "tanh-normal-draw-8-fp32-span=0-clamp=0-kind=0-extracted"
 # Those that are told a number of rows.
 COUNTED = [c for c in EVERYWHERE if "rows" in c.types]
 
@@ -64,6 +65,9 @@ def _check_accesses(case, code):
         loads, stores = case.narrow
         assert _narrow(code, "LDG") <= loads
         assert _narrow(code, "STG") <= stores
+    loads, stores = case.anywhere or (0, 0)
+    assert code.all_widths["LDG.128"] >= loads
+    assert code.all_widths["STG.128"] >= stores
 
 
 def _narrow(code, kind):
@@ -90,6 +94,22 @@ def test_the_check_finds_elements_one_at_a_time(widths, good):
     else:
         with pytest.raises(AssertionError):
             _check_accesses(case, code)
+
+
+@pytest.mark.parametrize(
+    ("one", "several"),
+    [
+        ("normal-draw-8-fp32-MAP=1-LOC=6-SCALE=6", "normal-draw-8-fp32-MAP=1-LOC=7-SCALE=7"),
+        (EXTRACTED, f"{EXTRACTED}-several"),
+    ],
+)
+def test_tiles_behind_the_first_sample_store_no_scale(one, several):
+    found = {case.name: case for case in CASES}
+    stores = [
+        machine.read(machine.compiled(found[name], "sm_90")).widths["STG.128"]
+        for name in (one, several)
+    ]
+    assert stores == [8, 4]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_100"])

@@ -45,7 +45,7 @@ def score_noise(
         return affine_sum(energy, ndims, -HALF_LOG_2PI, -1)
     energy = torch.log(scale)
     if not plain_tensors_only():
-        # Compiled code in forward mode crashes where addcmul scales what has no tangent (torch 2.13).
+        # Compiled forward mode crashes where addcmul scales what has no tangent (torch 2.13).
         energy = energy + 0.5 * (noise * noise)
         return affine_sum(energy, ndims, -HALF_LOG_2PI, -1)
     if (

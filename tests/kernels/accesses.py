@@ -76,6 +76,7 @@ def forward(
 def flat(
     a: int, dtype: str, loads: int, stores: int, *, warps: int = 1, slopes: int = 0,
     by_row: int = 1, by_first: bool = False, random: bool = False, repeated: int = 0,
+    scattered: tuple[int, int] = (0, 0), out: str | None = None,
 ) -> Accesses:  # fmt: skip
     """Of a backward pass over rows of `a`.
 
@@ -91,6 +92,8 @@ def flat(
             their entropy.
         random: whether the state of the noise is read.
         repeated: tensors `[A]` that are read.
+        scattered: tensors that are read one for one, and written so, whose rows have no vectors.
+        out: dtype of what is written, where it is another.
     """
     count, warps = FLAT_TILE[0], FLAT_TILE[1] * warps
     size, elements = size_of(dtype), count // (32 * warps)
@@ -101,7 +104,11 @@ def flat(
     narrow = 2 * random + by_row * (rows or 2 * each) + by_first * (rows or elements)
     return {
         "accesses": (
-            loads * each + slopes * vectors(4, count, warps) + alike * repeated, stores * each
+            loads * each + slopes * vectors(4, count, warps) + alike * repeated,
+            stores * vectors(size_of(out or dtype), count, warps),
         ),
-        "narrow": (narrow + (0 if alike else repeated * elements), 0),
+        "narrow": (
+            narrow + (scattered[0] + (0 if alike else repeated)) * elements,
+            scattered[1] * elements,
+        ),
     }  # fmt: skip

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fastprob.kernels import normal
 from fastprob.kernels._launch import FLAT_TILE, Grid, forward_grid
-from tests.kernels.accesses import flat, forward, size_of
+from tests.kernels.accesses import flat, forward, size_of, vectors
 from tests.kernels.machine import Case
 
 ROWS = 1 << 20
@@ -42,8 +42,14 @@ def tiling(grid: Grid, a: int) -> dict[str, int | bool]:
 
 
 # Layouts of rows that lie apart, by strides that are multiples of 128 bits: those of a raw output
-# of loc and scale side by side, of chunks, and of a row that the batch repeats.
+# of loc and scale side by side, of chunks, and of a row that the batch repeats. One more where they
+# begin anew for each sample.
 APART = {"fp32": 6, "bf16": 10, "fp16": 10}
+
+
+def summed(dtype: str) -> dict[str, str]:
+    """Types of the arguments, where the gradients of several samples are to be added up in fp32."""
+    return {**types(dtype), **dict.fromkeys(("grad_loc", "grad_scale"), "*fp32")}
 
 
 def columns(flags: dict[str, int]) -> dict[str, int]:
@@ -70,19 +76,27 @@ def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = Fals
     }  # fmt: skip
     constants.update(dict.fromkeys((n for n, needed in wanted.items() if not needed), None))
     name = "-".join([f"draw-{a}-{dtype}", *(f"{k}={v}" for k, v in flags.items())])
-    moved = (3 + bool(given["MAP"]) + given["SCORE"] / a) * size_of(dtype)
+    # A scale that is mapped is written once, by tiles of the first sample alone.
+    several = bool(given["MAP"] and constants["SCALE"] % 2)
+    writes = given["MAP"] > several
+    moved = (3 + writes + given["SCORE"] / a) * size_of(dtype)
     # A wide row is one program, chunk by chunk.
     elements = grid.count if grid.wide else grid.tile
     # Of those begun anew for each sample from rows apart no stride is known.
     scattered = (given.get("LOC") == 3) + (given.get("SCALE") == 3)
+    each = vectors(size_of(dtype), min(grid.count, a) if grid.wide else grid.count, grid.warps)
+    # In a tile, and the last one where it has code of its own: the value, and the scale of the
+    # first sample or its end.
+    stores = (3 if grid.wide else 6 if a % 4 == 0 else 2) * each
     return Case(
         f"normal-{name}", normal.draw_kernel, types(dtype), constants, grid.warps, elements,
         moved, None if grid.wide else slots, everywhere=everywhere,
         **forward(
-            grid, a, dtype, 2 - scattered, 1 + given["MAP"],
-            sums=given["SCORE"] + given["ENTROPY"], random=given["RANDOM"], keep=given["KEEP"],
-            repeated=2 * (given["CLAMP"] == 2), scattered=scattered,
+            grid, a, dtype, 2 - scattered, 1 + writes, sums=given["SCORE"] + given["ENTROPY"],
+            random=given["RANDOM"], keep=given["KEEP"], repeated=2 * (given["CLAMP"] == 2),
+            scattered=scattered,
         ),
+        anywhere=(0, stores) if several else None,
     )  # fmt: skip
 
 
@@ -99,10 +113,20 @@ def draw_backward(
         **columns(flags),
     }  # fmt: skip
     name = "-".join([f"draw-backward-{a}-{dtype}", *(f"{k}={v}" for k, v in flags.items())])
+    several = bool(mapping and constants["SCALE"] % 2)
+    out = "fp32" if several else dtype
+    each = vectors(size_of(dtype), count, warps)
+    # Of loc and scale side by side in rows of no multiple of 128 bits none has vectors.
+    apart = 2 if several and a % 4 else 0
     return Case(
-        f"normal-{name}", normal.draw_backward_kernel, types(dtype), constants, warps, count,
-        (5 + 1 / a) * size_of(dtype), slots, everywhere=everywhere,
-        **flat(a, dtype, 3, 2, random=True),
+        f"normal-{name}", normal.draw_backward_kernel, summed(dtype) if several else types(dtype),
+        constants, warps, count, (3 + 1 / a) * size_of(dtype) + 2 * size_of(out), slots,
+        everywhere=everywhere,
+        **flat(
+            a, dtype, 3 - apart, 2 - apart, random=True, out=out, scattered=(apart, apart)
+        ),
+        # Those of the scale's gradient too, in a tile of the first sample or its end.
+        anywhere=((5 if a % 4 == 0 else 2) * each, 0) if several else None,
     )  # fmt: skip
 
 
@@ -165,6 +189,14 @@ CASES = [
     # From a raw output.
     draw(8, "fp32", 65, MAP=1, LOC=6, SCALE=6),
     draw(8, "bf16", 62, MAP=1, LOC=10, SCALE=10, everywhere=True),
+    # Several samples from one.
+    draw(8, "fp32", 61, MAP=1, LOC=7, SCALE=7, everywhere=True),
+    draw(8, "bf16", 63, MAP=1, LOC=11, SCALE=11, everywhere=True),
+    draw(8, "fp32", 60, MAP=1, LOC=1, SCALE=1),
+    draw(17, "fp32", 104, MAP=1, LOC=3, SCALE=3),
+    draw(64, "fp32", 63, MAP=1, LOC=7, SCALE=7),
+    draw(1500, "fp32", MAP=1, LOC=7, SCALE=7),
+    draw(4096, "fp32", MAP=1, LOC=7, SCALE=7),
     # Chunks of a tensor.
     draw(8, "bf16", 42, LOC=10, SCALE=10, everywhere=True),
     draw(24, "bf16", 44, LOC=10, SCALE=10, everywhere=True),
@@ -172,6 +204,9 @@ CASES = [
     draw_backward(8, "fp32", 37, everywhere=True),
     draw_backward(8, "fp32", 88, MAP=1, LOC=6, SCALE=6, OUT=6),
     draw_backward(8, "bf16", 78, MAP=1, LOC=10, SCALE=10, OUT=10, everywhere=True),
+    draw_backward(8, "fp32", 83, MAP=1, LOC=7, SCALE=7, MAPPED=0, OUT=6, everywhere=True),
+    draw_backward(8, "bf16", 90, MAP=1, LOC=11, SCALE=11, MAPPED=0, OUT=6, everywhere=True),
+    draw_backward(17, "fp32", 157, MAP=1, LOC=3, SCALE=3, MAPPED=0, OUT=2),
     draw_backward(8, "bf16", 48, LOC=10, SCALE=10, everywhere=True),
     draw_backward(24, "fp32", 56, LOC=6, SCALE=6),
     draw_backward(8, "bf16", 46),

@@ -9,16 +9,16 @@ import torch
 from fastprob.kernels import tanh_normal
 from fastprob.kernels._launch import FLAT_TILE, forward_grid
 from tests.kernels import codegen_normal
-from tests.kernels.accesses import flat, forward, size_of
-from tests.kernels.codegen_normal import APART, ROWS, tiling
+from tests.kernels.accesses import flat, forward, size_of, vectors
+from tests.kernels.codegen_normal import APART, ROWS, summed, tiling
 from tests.kernels.machine import Case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def _types(dtype: str) -> dict[str, str]:
+def _types(dtype: str, several: bool = False) -> dict[str, str]:
     return {
-        **codegen_normal.types(dtype),
+        **(summed(dtype) if several else codegen_normal.types(dtype)),
         **dict.fromkeys(("halves", "mids"), f"*{dtype}"),
         **dict.fromkeys(("half", "mid", "log_half"), "fp32"),
     }
@@ -38,12 +38,15 @@ def _ranges(span: int, clamp: int) -> dict[str, bool]:
     }  # fmt: skip
 
 
-def _extracted(kernel: Any, dtype: str, wanted: bool) -> dict[str, Any]:
-    """The constants of a scale that is mapped, from a raw output of loc and scale side by side."""
-    rows = APART[dtype] if wanted else 0
+def _extracted(kernel: Any, dtype: str, wanted: bool, several: bool) -> dict[str, Any]:
+    """The constants of a scale that is mapped, from a raw output of loc and scale side by side.
+
+    Of several samples the gradients are to be added up in fp32, with that of the scale itself.
+    """
+    rows = APART[dtype] + several if wanted else 0
     layout = {"MAP": int(wanted), "LOC": rows, "SCALE": rows}
     if "OUT" in kernel.arg_names:
-        layout |= {"MAPPED": -1, "OUT": rows}
+        layout |= {"MAPPED": 0, "OUT": APART["fp32"]} if several else {"MAPPED": -1, "OUT": rows}
     if wanted:
         # A stride of 1 is a constant to Triton, or no load would be of a vector.
         layout |= {"loc_column": 1, "scale_column": 1}
@@ -60,6 +63,7 @@ def draw(
     clamp: int = 0,
     kind: int = tanh_normal.RANDOM,
     extracted: bool = False,
+    several: bool = False,
     everywhere: bool = False,
 ) -> Case:
     grid = forward_grid(ROWS, a, True)
@@ -70,19 +74,22 @@ def draw(
         "LIMIT": tanh_normal.LIMITS[DTYPES[dtype]], "CLAMP": clamp, "HOST": not random,
         "ADVANCE": random, "KEEP": False, "FAST": True, "seed": None, "call": None, "used": None,
         **_none(kernel, {**_ranges(span, clamp), "state": random, "ticket": random}),
-        **_extracted(kernel, dtype, extracted),
+        **_extracted(kernel, dtype, extracted, several),
     }  # fmt: skip
     name = f"tanh-normal-draw-{a}-{dtype}-span={span}-clamp={clamp}-kind={kind}"
-    name += "-extracted" if extracted else ""
+    name += "-extracted" * extracted + "-several" * several
+    # A scale that is mapped is written once, by tiles of the first sample alone.
+    writes = extracted > several
     # A wide row is one program, chunk by chunk.
     return Case(
         name, kernel, _types(dtype), constants, grid.warps, grid.count if grid.wide else grid.tile,
-        (3 + extracted + 1 / a) * size_of(dtype), slots,
-        everywhere=everywhere,
+        (3 + writes + 1 / a) * size_of(dtype), slots, everywhere=everywhere,
         **forward(
-            grid, a, dtype, 2, 1 + extracted, sums=1, random=random,
+            grid, a, dtype, 2, 1 + writes, sums=1, random=random,
             repeated=2 * (span == 2) + 2 * (clamp == 2),
         ),
+        # In a tile and the last one: the value, and the scale of the first sample or its end.
+        anywhere=(0, 6 * vectors(size_of(dtype), grid.count, grid.warps)) if several else None,
     )  # fmt: skip
 
 
@@ -95,6 +102,7 @@ def draw_backward(
     clamp: int = 0,
     kind: int = tanh_normal.RANDOM,
     extracted: bool = False,
+    several: bool = False,
     everywhere: bool = False,
 ) -> Case:
     count, warps = FLAT_TILE
@@ -104,16 +112,20 @@ def draw_backward(
         "BY_VALUE": True, "BY_SCORE": True, "SPAN": span,
         "LIMIT": tanh_normal.LIMITS[DTYPES[dtype]], "CLAMP": clamp, "FAST": True,
         **_none(kernel, {**_ranges(span, clamp), "used": kind == tanh_normal.RANDOM}),
-        **_extracted(kernel, dtype, extracted),
+        **_extracted(kernel, dtype, extracted, several),
     }  # fmt: skip
     name = f"tanh-normal-draw-backward-{a}-{dtype}-span={span}-clamp={clamp}-kind={kind}"
+    name += "-extracted" * extracted + "-several" * several
+    each, out = vectors(size_of(dtype), count, warps), "fp32" if several else dtype
     return Case(
-        name + ("-extracted" if extracted else ""), kernel, _types(dtype), constants, warps, count,
-        (5 + 1 / a) * size_of(dtype), slots, everywhere=everywhere,
+        name, kernel, _types(dtype, several), constants, warps, count,
+        (3 + 1 / a) * size_of(dtype) + 2 * size_of(out), slots, everywhere=everywhere,
         **flat(
-            a, dtype, 3, 2, random=kind == tanh_normal.RANDOM,
+            a, dtype, 3, 2, random=kind == tanh_normal.RANDOM, out=out,
             repeated=2 * (span == 2) + 2 * (clamp == 2),
         ),
+        # Those of the scale's gradient too, in a tile of the first sample or its end.
+        anywhere=(5 * each, 0) if several else None,
     )  # fmt: skip
 
 
@@ -178,12 +190,16 @@ CASES = [
     draw(1500, "fp32"),
     draw(8, "fp32", 79, extracted=True, everywhere=True),
     draw(8, "bf16", 77, extracted=True, everywhere=True),
+    draw(8, "fp32", 78, extracted=True, several=True, everywhere=True),
+    draw(8, "bf16", 78, extracted=True, several=True, everywhere=True),
     draw(8, "fp32", 51, kind=tanh_normal.MEDIAN, extracted=True, everywhere=True),
     draw(8, "fp32", 182, kind=tanh_normal.MODE, extracted=True, everywhere=True),
     draw(8, "fp32", 212, kind=tanh_normal.MEAN, extracted=True, everywhere=True),
     draw_backward(8, "fp32", 50, everywhere=True),
     draw_backward(8, "fp32", 93, extracted=True, everywhere=True),
     draw_backward(8, "bf16", 93, extracted=True, everywhere=True),
+    draw_backward(8, "fp32", 97, extracted=True, several=True, everywhere=True),
+    draw_backward(8, "bf16", 105, extracted=True, several=True, everywhere=True),
     draw_backward(8, "fp32", 67, kind=tanh_normal.MEDIAN, extracted=True, everywhere=True),
     draw_backward(8, "fp32", 209, kind=tanh_normal.MODE, extracted=True, everywhere=True),
     draw_backward(8, "fp32", 320, kind=tanh_normal.MEAN, extracted=True, everywhere=True),

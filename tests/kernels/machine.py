@@ -45,6 +45,8 @@ class Case:
         nvidia: whether for all of NVIDIA's, at least.
         accesses: 128-bit loads and stores of a thread at the least.
         narrow: loads and stores of fewer bits at the most; None where nothing is demanded.
+        anywhere: as `accesses`, in the whole listing, of a kernel with tiles that load or store
+            more than those of the shortest way; None where nothing is demanded.
         through: a kind of access that the shortest way has one of, where there is one: `"LDG.128"`
             where the last row has code of its own, which may be the shorter one.
         turns: of the innermost loop on the shortest way.
@@ -63,6 +65,7 @@ class Case:
     everywhere: bool = False
     accesses: tuple[int, int] = field(kw_only=True)
     narrow: tuple[int, int] | None = None
+    anywhere: tuple[int, int] | None = None
     through: str | None = None
     turns: int = 1
     registers: int | None = None
@@ -81,6 +84,7 @@ class Code:
         slots: issue slots of a warp on the shortest way.
         pipes: cycles that the shortest way keeps each pipe of a Hopper multiprocessor busy.
         widths: how many loads and stores of each width lie on the shortest way.
+        all_widths: how many there are in the whole listing.
         turn: cycles as of `pipes` of one turn of the innermost loop on that way, if there is one.
     """
 
@@ -90,6 +94,7 @@ class Code:
     slots: int
     pipes: dict[str, float]
     widths: collections.Counter = field(default_factory=collections.Counter)
+    all_widths: collections.Counter = field(default_factory=collections.Counter)
     turn: dict[str, float] = field(default_factory=dict)
 
 
@@ -149,7 +154,8 @@ def read(binary: Any, through: str | None = None) -> Code:
         local=used["LOCAL"],
         slots=len(way),
         pipes=pipe_cycles(way),
-        widths=collections.Counter(w for w in map(_width, way) if w),
+        widths=_widths(way),
+        all_widths=_widths([text for _, text in instructions]),
         turn=pipe_cycles(innermost_turn(instructions, path)),
     )
 
@@ -241,6 +247,10 @@ def shortest_path(instructions: list[tuple[int, str]], through: str | None = Non
     while way[-1] in before:
         way.append(before[way[-1]])
     return [i % length for i in way[::-1]]
+
+
+def _widths(texts: list[str]) -> collections.Counter:
+    return collections.Counter(w for w in map(_width, texts) if w)
 
 
 def _width(text: str) -> str | None:
