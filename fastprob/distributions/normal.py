@@ -337,10 +337,10 @@ class ExtractedNormal(IndependentNormal):
         self._mapped = value
 
     def _draw(self, shape, generator, score, pathwise):
-        if shape or self._mapped is not None or not backend.serves(self._raw):
+        if self._mapped is not None or not backend.serves(self._raw):
             return super()._draw(shape, generator, score, pathwise)
         value, log_prob, self._mapped = extractor.draw(
-            self._raw, self._mapping, generator, score=score, pathwise=pathwise,
+            self._raw, self._mapping, generator, shape=shape, score=score, pathwise=pathwise,
             bounds=self._bounds_of_value,
         )  # fmt: skip
         return value, log_prob

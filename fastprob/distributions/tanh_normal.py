@@ -314,11 +314,11 @@ class ExtractedTanhNormal(TanhNormal):
         return ops.served_bounds(self._bounds, self.loc, 1)
 
     def _draw(self, shape, generator, score, pathwise):
-        interval = None if shape else self._extracted()
+        interval = self._extracted()
         if interval is None:
             return super()._draw(shape, generator, score, pathwise)
         value, log_prob, self._mapped = extractor.draw(
-            self._raw, self._mapping, generator, score=score, pathwise=pathwise,
+            self._raw, self._mapping, generator, shape=shape, score=score, pathwise=pathwise,
             bounds=self._bounds_of_value, interval=interval,
         )  # fmt: skip
         return value, log_prob

@@ -2,7 +2,8 @@
 
 `raw` holds loc and the raw scale side by side, `[*batch, 2 A]`, as tensordict's
 NormalParamExtractor takes it. Reading it and writing scale and value moves 16 bytes an element in
-fp32; a kernel of its own for the scale moves 8 more.
+fp32; a kernel of its own for the scale moves 8 more. Of several samples only the first writes the
+scale, and the gradients of loc and the raw scale are added up in one launch, not in two.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fastprob.reference import normal as normal_reference
 from fastprob.reference import tanh_normal as tanh_reference
 
 SOFTPLUS, EXP = reference.SOFTPLUS, reference.EXP
+_ONE = torch.Size()
 # How a value is chosen, as the kernels number it. A Normal's median, mean and mode are one.
 RANDOM, MEDIAN, MEAN, MODE = tanh_reference.KINDS
 
@@ -52,6 +54,7 @@ def draw(
     mapping: Mapping,
     generator: Any = None,
     *,
+    shape: torch.Size = _ONE,
     kind: int = RANDOM,
     score: bool = True,
     pathwise: bool = True,
@@ -64,6 +67,7 @@ def draw(
         raw: `[*batch, 2 A]`.
         mapping: how its second half becomes the scale.
         generator: a `CounterStream`, a `torch.Generator`, or None for torch's default one.
+        shape: sample dimensions in front of the value.
         kind: RANDOM, MEDIAN, MEAN or MODE.
         score: whether the log-density is wanted.
         pathwise: whether gradients flow through a value that is drawn; through others they do.
@@ -71,21 +75,23 @@ def draw(
         interval: where a TanhNormal's values lie, from `served_bounds`; None for a Normal.
 
     Returns:
-        value `[*batch, A]`, log-density `[*batch]` or None, scale `[*batch, A]`.
+        value `[*shape, *batch, A]`, log-density `[*shape, *batch]` or None, scale `[*batch, A]`.
     """
     random = kind == RANDOM
     pathwise = pathwise or not random
     if not plain_eager():
         state = _random.device_pair(raw, generator) if random and generator is not None else None
         value, scores, scales, _ = torch.ops.fastprob.extracted_draw(
-            raw, state, kind, score, pathwise, list(mapping), *(bounds or no_bounds),
+            raw, state, list(shape), kind, score, pathwise, list(mapping), *(bounds or no_bounds),
             *_spread(interval),
         )  # fmt: skip
         return value if pathwise else value.detach(), scores if score else None, scales
     state = _random.state_for(raw, generator) if random else None
     if wants_gradient(raw):
-        return _Draw.apply(raw, state, kind, score, pathwise, mapping, bounds, interval)
-    value, scores, scales, _ = _launch(raw, state, kind, score, mapping, bounds, interval, False)
+        return _Draw.apply(raw, state, shape, kind, score, pathwise, mapping, bounds, interval)
+    value, scores, scales, _ = _launch(
+        raw, state, shape, kind, score, mapping, bounds, interval, False
+    )
     return value, scores, scales
 
 
@@ -101,7 +107,7 @@ def _gather(numbers: Any, halves: Any, mids: Any, safe: bool) -> Interval | None
     return tanh_normal.from_arguments(numbers, halves, mids, safe)
 
 
-def _launch(raw, state, kind, score, mapping, bounds, interval, keep):
+def _launch(raw, state, shape, kind, score, mapping, bounds, interval, keep):
     loc, rough = raw.chunk(2, -1)
     scales = torch.empty_like(loc, memory_format=torch.contiguous_format)
     wanted = {
@@ -109,50 +115,52 @@ def _launch(raw, state, kind, score, mapping, bounds, interval, keep):
         "raw": backend.kernels("_launch").Mapping(*mapping),
     }  # fmt: skip
     if interval is None:
-        value, scores, _, used = backend.kernels("normal").draw(
-            loc, rough, torch.Size(), 1, **wanted
-        )
+        value, scores, _, used = backend.kernels("normal").draw(loc, rough, shape, 1, **wanted)
     else:
         value, scores, used = backend.kernels("tanh_normal").draw(
-            loc, rough, interval, torch.Size(), 1, point=kind, **wanted
+            loc, rough, interval, shape, 1, point=kind, **wanted
         )
+    if 0 in shape:
+        # Nothing was launched that could have mapped it.
+        scales = reference.scale(rough, *mapping)
     return value, scores, scales, used
 
 
-def _launch_backward(grads, raw, used, kind, pathwise, mapping, bounds, interval):
+def _launch_backward(grads, raw, used, shape, kind, pathwise, mapping, bounds, interval):
     """The gradient of `raw`; `grads` those of value, log-density and scale."""
+    launch = backend.kernels("_launch")
     loc, rough = raw.chunk(2, -1)
-    into = torch.empty_like(raw, memory_format=torch.contiguous_format)
-    if into.numel() == 0:
-        return into
     grad_value, grad_score, grad_scale = grads
-    given = {
-        "raw": backend.kernels("_launch").Mapping(*mapping), "grad_mapped": grad_scale,
-        "into": into,
-    }  # fmt: skip
+    into = launch.gradients(shape, raw)
+    if into.numel() == 0:
+        # Without a sample the scale alone has one.
+        by_loc = torch.zeros_like(loc)
+        by_scale = by_loc if grad_scale is None else grad_scale * reference.slope(rough, *mapping)
+        return torch.cat((by_loc, by_scale), -1)
+    given = {"raw": launch.Mapping(*mapping), "grad_mapped": grad_scale, "into": into}
     if interval is None or not pathwise:
         # Of a detached value the Jacobian is a constant: what is left is the Normal's.
         backend.kernels("normal").draw_backward(
-            grad_value, grad_score, None, loc, rough, used, torch.Size(), 1, pathwise=pathwise,
+            grad_value, grad_score, None, loc, rough, used, shape, 1, pathwise=pathwise,
             clamp=bounds, **given,
         )  # fmt: skip
     else:
         backend.kernels("tanh_normal").draw_backward(
-            grad_value, grad_score, loc, rough, interval, used, torch.Size(), 1, point=kind,
+            grad_value, grad_score, loc, rough, interval, used, shape, 1, point=kind,
             clamp=bounds, **given,
         )  # fmt: skip
-    return into
+    return launch.fold(into, raw)
 
 
 class _Draw(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, raw, state, kind, score, pathwise, mapping, bounds, interval):
+    def forward(ctx, raw, state, shape, kind, score, pathwise, mapping, bounds, interval):
         ctx.set_materialize_grads(False)
         value, scores, scales, used = _launch(
-            raw, state, kind, score, mapping, bounds, interval, True
+            raw, state, shape, kind, score, mapping, bounds, interval, True
         )
         ctx.save_for_backward(raw, used)
-        ctx.rest = kind, pathwise, mapping, bounds, interval
+        ctx.rest = shape, kind, pathwise, mapping, bounds, interval
         if not pathwise:
             ctx.mark_non_differentiable(value)
         return value, scores, scales
@@ -161,14 +169,15 @@ class _Draw(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         raw, used = ctx.saved_tensors
-        return _launch_backward(grads, raw, used, *ctx.rest), *(None,) * 7
+        return _launch_backward(grads, raw, used, *ctx.rest), *(None,) * 8
 
 
 def _mapping(numbers):
     return Mapping(int(numbers[0]), *numbers[1:])
 
 
-def _draw_op(raw, state, kind, score, pathwise, mapping, limits, low, high, *interval):
+def _draw_op(raw, state, sample, kind, score, pathwise, mapping, limits, low, high, *interval):
+    shape = torch.Size(sample)
     bounds = Bounds(limits, low, high)
     span = _gather(*interval)
     made = _mapping(mapping)
@@ -177,7 +186,9 @@ def _draw_op(raw, state, kind, score, pathwise, mapping, limits, low, high, *int
         source = None
         if random:
             source = _random.state_for(raw, None) if state is None else _random.given_pair(state)
-        value, scores, scales, used = _launch(raw, source, kind, score, made, bounds, span, random)
+        value, scores, scales, used = _launch(
+            raw, source, shape, kind, score, made, bounds, span, random
+        )
     else:
         used = None
         if random:
@@ -186,12 +197,11 @@ def _draw_op(raw, state, kind, score, pathwise, mapping, limits, low, high, *int
         scales = reference.scale(rough, *made)
         if span is None:
             value, scores, _ = normal_reference.draw(
-                loc, scales, used, torch.Size(), 1, score, False, *bounds
+                loc, scales, used, shape, 1, score, False, *bounds
             )
         else:
             value, scores = tanh_reference.draw(
-                loc, scales, used, torch.Size(), 1, score, span.half, span.mid, span.safe, *bounds,
-                kind,
+                loc, scales, used, shape, 1, score, span.half, span.mid, span.safe, *bounds, kind
             )  # fmt: skip
     return (
         value,
@@ -201,19 +211,19 @@ def _draw_op(raw, state, kind, score, pathwise, mapping, limits, low, high, *int
     )
 
 
-def _draw_fake(raw, state, kind, score, *_):
-    shape = (*raw.shape[:-1], raw.shape[-1] // 2)
+def _draw_fake(raw, state, sample, kind, score, *_):
+    batch, a = raw.shape[:-1], raw.shape[-1] // 2
     return (
-        raw.new_empty(shape),
-        raw.new_empty(shape[:-1]) if score else nothing(raw),
-        raw.new_empty(shape),
+        raw.new_empty((*sample, *batch, a)),
+        raw.new_empty((*sample, *batch)) if score else nothing(raw),
+        raw.new_empty((*batch, a)),
         raw.new_empty(2 if kind == RANDOM else 0, dtype=torch.int64),
     )
 
 
 def _draw_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
-    raw, _, ctx.kind, ctx.score, ctx.pathwise, ctx.mapping, ctx.limits, *rest = inputs
+    raw, _, ctx.sample, ctx.kind, ctx.score, ctx.pathwise, ctx.mapping, ctx.limits, *rest = inputs
     ctx.pathwise = ctx.pathwise or ctx.kind != RANDOM
     low, high, ctx.interval, halves, mids, ctx.safe = rest
     ctx.save_for_backward(raw, output[3], low, high, halves, mids)
@@ -223,32 +233,34 @@ def _draw_gradient(ctx, grad_value, grad_score, grad_scale, _):
     raw, used, low, high, halves, mids = ctx.saved_tensors
     made = torch.ops.fastprob.extracted_draw_backward(
         grad_value if ctx.pathwise else None, grad_score if ctx.score else None, grad_scale, raw,
-        used if ctx.kind == RANDOM else None, ctx.kind, ctx.pathwise, ctx.mapping, ctx.limits, low,
-        high, ctx.interval, halves, mids, ctx.safe,
+        used if ctx.kind == RANDOM else None, ctx.sample, ctx.kind, ctx.pathwise, ctx.mapping,
+        ctx.limits, low, high, ctx.interval, halves, mids, ctx.safe,
     )  # fmt: skip
-    return made, *(None,) * 12
+    return made, *(None,) * 13
 
 
 def _draw_backward_op(
-    grad_value, grad_score, grad_scale, raw, used, kind, pathwise, mapping, limits, low, high,
-    *interval,
+    grad_value, grad_score, grad_scale, raw, used, sample, kind, pathwise, mapping, limits, low,
+    high, *interval,
 ):  # fmt: skip
+    shape = torch.Size(sample)
     bounds = Bounds(limits, low, high)
     made, span = _mapping(mapping), _gather(*interval)
     if backend.serves(raw):
         return _launch_backward(
-            (grad_value, grad_score, grad_scale), raw, used, kind, pathwise, made, bounds, span
-        )
+            (grad_value, grad_score, grad_scale), raw, used, shape, kind, pathwise, made, bounds,
+            span,
+        )  # fmt: skip
     loc, rough = raw.chunk(2, -1)
     scales = reference.scale(rough, *made)
     if span is None:
         by_loc, by_scale = normal_reference.draw_backward(
-            grad_value, grad_score, None, loc, scales, used, torch.Size(), 1, pathwise, *bounds
+            grad_value, grad_score, None, loc, scales, used, shape, 1, pathwise, *bounds
         )
     else:
         by_loc, by_scale = tanh_reference.draw_backward(
-            grad_value, grad_score, loc, scales, used, torch.Size(), 1, pathwise, span.half,
-            span.mid, span.safe, *bounds, kind,
+            grad_value, grad_score, loc, scales, used, shape, 1, pathwise, span.half, span.mid,
+            span.safe, *bounds, kind,
         )  # fmt: skip
     if grad_scale is not None:
         by_scale = by_scale + grad_scale
@@ -262,21 +274,26 @@ def _draw_backward_fake(grad_value, grad_score, grad_scale, raw, *_):
 register(
     "extracted_draw_backward",
     "(Tensor? grad_value, Tensor? grad_score, Tensor? grad_scale, Tensor raw, Tensor? used, "
-    "int kind, bool pathwise, float[] mapping, float[]? limits, Tensor? low, Tensor? high, "
-    "float[]? interval, Tensor? halves, Tensor? mids, bool safe) -> Tensor",
+    "SymInt[] sample, int kind, bool pathwise, float[] mapping, float[]? limits, Tensor? low, "
+    "Tensor? high, float[]? interval, Tensor? halves, Tensor? mids, bool safe) -> Tensor",
     _draw_backward_op,
     _draw_backward_fake,
 )
 register(
     "extracted_draw",
-    "(Tensor raw, Tensor? state, int kind, bool score, bool pathwise, float[] mapping, "
-    "float[]? limits, Tensor? low, Tensor? high, float[]? interval, Tensor? halves, Tensor? mids, "
-    "bool safe) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor raw, Tensor? state, SymInt[] sample, int kind, bool score, bool pathwise, "
+    "float[] mapping, float[]? limits, Tensor? low, Tensor? high, float[]? interval, "
+    "Tensor? halves, Tensor? mids, bool safe) -> (Tensor, Tensor, Tensor, Tensor)",
     _draw_op,
     _draw_fake,
     setup=_draw_setup,
     backward=_draw_gradient,
     batched=(0,),
-    out_dims=lambda raw, state, kind, score, *_: (0, 0 if score else None, 0, None),
-    random=lambda raw, state, kind, *_: kind == RANDOM,
+    out_dims=lambda raw, state, sample, kind, score, *_: (
+        len(sample),
+        len(sample) if score else None,
+        0,
+        None,
+    ),
+    random=lambda raw, state, sample, kind, *_: kind == RANDOM,
 )
