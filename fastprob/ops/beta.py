@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastprob import backend, rng
 from fastprob.ops import _random
@@ -136,9 +137,11 @@ class _Entropy(torch.autograd.Function):
 
 
 def _transformed() -> bool:
-    """Whether a functorch transform other than vmap is at work; `differentiated` if compiled."""
+    """Whether a transform other than vmap is at work in eager mode; `differentiated` if compiled."""
     if torch.compiler.is_compiling():
         return False
+    if forward_ad._current_level >= 0:
+        return True
     stack = torch._C._functorch.get_interpreter_stack() or ()  # type: ignore[attr-defined]
     return any(level.key() != torch._C._functorch.TransformType.Vmap for level in stack)  # type: ignore[attr-defined]
 
@@ -150,15 +153,16 @@ def sample(a: Tensor, b: Tensor, shape: torch.Size, generator: torch.Generator |
     """
     if wants_function(a, b):
         return _Sample.apply(a, b, shape, generator)
+    if not _transformed() and not differentiated(a, b):
+        with torch.no_grad():
+            return _draw(a, b, shape, generator)[0][..., 0]
+    # What traces or batches gets the gradient by a value that is 0. Detached as well, as no_grad
+    # lets tangents through, which the sampler has no rule for.
     with torch.no_grad():
-        # Detached, as no_grad lets tangents through, which the sampler has no rule for.
         parts, concentration = _draw(a.detach(), b.detach(), shape, generator)
-    value = parts[..., 0]
-    if _transformed() or differentiated(a, b):
-        # What traces or batches gets the gradient by a value that is 0.
-        by_a, by_b = _slopes(parts.detach(), concentration.detach())
-        value = value.detach() + by_a * (a - a.detach()) + by_b * (b - b.detach())
-    return value
+    by_a, by_b = _slopes(parts.detach(), concentration.detach())
+    value = parts[..., 0].detach()
+    return value + by_a * (a - a.detach()) + by_b * (b - b.detach())
 
 
 def sample_score(
