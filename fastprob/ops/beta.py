@@ -137,7 +137,7 @@ class _Entropy(torch.autograd.Function):
 
 
 def _transformed() -> bool:
-    """Whether a transform other than vmap is at work in eager mode; `differentiated` if compiled."""
+    """Whether a transform but vmap is at work in eager mode; `differentiated` if compiled."""
     if torch.compiler.is_compiling():
         return False
     if forward_ad._current_level >= 0:
