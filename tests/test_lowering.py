@@ -105,11 +105,11 @@ def test_large_exponential_draw_takes_the_faster_way():
 # categoricals -------------------------------------------------------------------------------
 
 
-def categorical(name, rows, from_probs=False):
+def categorical(name, rows, from_probs=False, width=8):
     draw = torch.Generator().manual_seed(rows)
-    logits = torch.randn(rows, 8, generator=draw)
+    logits = torch.randn(rows, width, generator=draw)
     if name.startswith("Masked"):
-        mask = torch.rand(rows, 8, generator=draw) < 0.6
+        mask = torch.rand(rows, width, generator=draw) < 0.6
         mask[:, 1] = True
         return lambda x: getattr(distributions, name)(logits=x, mask=mask), logits
     if "Ordinal" in name:
@@ -126,13 +126,13 @@ CATEGORICALS = [
 
 
 @pytest.mark.parametrize(("name", "from_probs"), CATEGORICALS)
-@pytest.mark.parametrize("rows", [16, 2048])
+@pytest.mark.parametrize("rows", [16, 4096])
 def test_categorical_draws_without_gradients(name, from_probs, rows):
     make, given = categorical(name, rows, from_probs)
     expected, found, code = both(lambda x: make(x).sample_and_log_prob(), given)
     assert torch.equal(found[0], expected[0])
     assert torch.allclose(found[1], expected[1], atol=1e-6)
-    assert any("= torch.ops.fastprob.categorical_race" in text for text in code) is (rows == 2048)
+    assert any("= torch.ops.fastprob.categorical_race" in text for text in code) is (rows == 4096)
 
 
 @pytest.mark.parametrize(("name", "from_probs"), CATEGORICALS)
@@ -147,8 +147,23 @@ def test_categorical_modes(name, from_probs, rows):
     assert not any("= torch.ops.fastprob" in text for text in code)
 
 
+# Rows that fill vectors, and few categories, whose largest is found without a loop.
+@pytest.mark.parametrize(("width", "largest", "race"), [(4, False, True), (18, True, False),
+                                                        (64, False, False)])  # fmt: skip
+def test_the_number_of_categories_decides_what_is_taken(width, largest, race):
+    make, given = categorical("Categorical", 10_000, width=width)
+    given[3] = 1.0
+    expected, found, code = both(lambda x: make(x).mode, given)
+    assert torch.equal(found, expected)
+    assert any("aten.max.dim" in text for text in code) is largest
+    expected, found, code = both(lambda x: make(x).sample_and_log_prob(), given)
+    assert torch.equal(found[0], expected[0])
+    assert torch.allclose(found[1], expected[1], atol=1e-6)
+    assert any("= torch.ops.fastprob.categorical_race" in text for text in code) is race
+
+
 def test_categorical_draws_with_gradients_are_scored_by_the_formula():
-    make, given = categorical("Categorical", 2048)
+    make, given = categorical("Categorical", 4096)
     given.requires_grad_()
     expected, found, code = both(lambda x: make(x).sample_and_log_prob(), given)
     assert torch.equal(found[0], expected[0])
@@ -162,7 +177,7 @@ def test_categorical_draws_of_an_open_size_and_under_vmap():
         return distributions.Categorical(logits=x).sample_and_log_prob()
 
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
-    for rows in (7, 2048):
+    for rows in (7, 4096):
         x = torch.randn(rows, 8)
         torch.manual_seed(rows)
         expected = function(x)
@@ -214,7 +229,7 @@ def test_the_steps_to_a_tanh_normals_mode_are_not_run_again_by_the_backward_pass
     assert "= torch.ops.fastprob" not in forward + backward
 
 
-@pytest.mark.parametrize("rows", [16, 2048])
+@pytest.mark.parametrize("rows", [16, 4096])
 def test_gradients_of_transforms_in_a_graph_reach_a_categorical_draws_score(rows):
     def function(x):
         return torch.func.grad(

@@ -14,7 +14,7 @@ from fastprob import ProbabilisticTensorDictModule, native_normal
 from fastprob.distributions import IndependentNormal
 
 CALL = "fastprob.native_normal.kernel("
-ROWS = 640
+ROWS = 1040
 
 
 @pytest.fixture(autouse=True)
@@ -170,13 +170,13 @@ def test_parameters_need_not_be_contiguous():
 
 
 def test_several_batch_and_event_dimensions():
-    loc, scale, value = parameters(40, 16, 2, 3)
+    loc, scale, value = parameters(100, 16, 2, 3)
     assert CALL in both_passes(lambda a, b: distribution(a, b, 2), loc, scale, value)
     assert CALL in both_passes(distribution, loc, scale, value)
 
 
 def test_wide_events_and_other_dtypes_stay_with_inductor():
-    assert CALL not in both_passes(distribution, *parameters(100, 65))
+    assert CALL not in both_passes(distribution, *parameters(200, 65))
     compiled = torch.compile(lambda *x: distribution(*x[:2]).log_prob(x[2]), fullgraph=True)
     loc, scale, value = (x.double() for x in parameters(ROWS, 8))
     found, code = run_and_get_code(compiled, loc, scale, value)

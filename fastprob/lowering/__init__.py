@@ -10,7 +10,7 @@
   the batch is large, and become the formula, for Inductor to fuse with what is around, where it is
   small.
 - **The largest of a row, and a categorical's draw without gradients,** are ATen's or eager mode's
-  operations where the batch is large, and the formula where it is small.
+  operations where the batch is large and the row fills no vectors, and else the formula.
 - **A clamp with a gradient** stays what Inductor would make of it, but the backward pass compares
   the value again: a mask of bools, which Inductor keeps otherwise, it writes and reads one by one.
 

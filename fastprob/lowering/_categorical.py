@@ -7,17 +7,22 @@ exponentials of masked logits one by one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
 
 from fastprob.lowering._functions import Functions, numel, registered
 
-# Elements from which they are taken; they were compared at 4096 x 8. An operator in Python costs
-# 7 us, a call of ATen's less.
-LEAST_LARGEST = 4096
-LEAST_RACE = 8192
+# Elements from which they are taken, and for rows of how many categories: elsewhere Inductor's code
+# is faster. With AVX-512, times of Inductor's code by theirs (`python -m bench opaque` has four):
+# - the largest: 0.9 at 4,096 elements of 8 or 18 categories, 1.1 at 8,192; at 32,768 elements 0.3
+#   to 0.7 of 2 to 7 categories, 1.9 of 8, 1.5 to 1.05 of 9 to 15, 1.6 of 17, 1.2 of 31 and 33, 1.0
+#   of 40, and 0.7 to 1.0 of more or of multiples of 16, which fill its vectors;
+# - the draw: 0.9 at 8,192 elements of 4 or 8 categories, 1.13 at 32,768, and there 0.8 to 1.0 of 16
+#   to 64 categories.
+LEAST_LARGEST, WIDTHS_LARGEST = 8192, frozenset(range(8, 40)) - {16, 32}
+LEAST_RACE, WIDTHS_RACE = 32_768, frozenset(range(16))
 
 
 def offer_categorical(largest: Any, race: Any) -> None:
@@ -43,7 +48,7 @@ def _lower_largest() -> Callable[..., Any]:
     by_aten = lowering.fallback_handler(torch.ops.aten.max.dim, add_to_fallback_set=False)
 
     def lower(x: Any) -> Any:
-        if x.get_device().type == "cpu" and _large(x, LEAST_LARGEST):
+        if x.get_device().type == "cpu" and _large(x, LEAST_LARGEST, WIDTHS_LARGEST):
             return by_aten(x, -1, False)[1]
         return Functions().argmax(x, -1, False)
 
@@ -56,7 +61,7 @@ def _lower_race(op: Any) -> Callable[..., Any]:
     as_it_is = lowering.fallback_handler(op, add_to_fallback_set=False)
 
     def lower(given: Any, noise: Any, from_probs: bool) -> Any:
-        if given.get_device().type != "cpu" or _large(given, LEAST_RACE):
+        if given.get_device().type != "cpu" or _large(given, LEAST_RACE, WIDTHS_RACE):
             return as_it_is(given, noise, from_probs)
         f = Functions()
         shares = given
@@ -70,9 +75,14 @@ def _lower_race(op: Any) -> Callable[..., Any]:
     return lower
 
 
-def _large(x: Any, least: int) -> bool:
-    """Whether a tensor has so many elements, or may have, where the size is open."""
+def _large(x: Any, least: int, widths: Set[int]) -> bool:
+    """Whether a tensor has so many elements, or may have, in rows of one of the widths."""
     from torch._inductor.virtualized import V
 
-    count = numel(x.get_size())
-    return not V.graph.cpp_wrapper and (not isinstance(count, int) or count >= least)
+    size = x.get_size()
+    count = numel(size)
+    return (
+        not V.graph.cpp_wrapper
+        and numel(size[-1:]) in widths
+        and (not isinstance(count, int) or count >= least)
+    )
