@@ -29,6 +29,14 @@ def vectors(size: int, count: int, warps: int) -> int:
     return -(-count * size // (32 * warps * 16))
 
 
+def handled(grid: Grid, a: int) -> float:
+    """Elements that exist of those that a program takes at once; of a wide row's chunks the mean.
+
+    Of 2048 in a chunk 1500 are a row's at A = 1500; of Beta's two times 256 at A = 257, 257.
+    """
+    return a / -(-a // grid.count) if grid.wide else grid.tile
+
+
 def forward(
     grid: Grid, a: int, dtype: str, loads: int, stores: int, *, sums: int, warps: int | None = None,
     random: bool = False, keep: bool = False, repeated: int = 0, scattered: int = 0,

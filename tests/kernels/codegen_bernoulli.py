@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastprob.kernels import bernoulli
 from fastprob.kernels._launch import FLAT_TILE, forward_grid
-from tests.kernels.accesses import flat, forward, size_of
+from tests.kernels.accesses import flat, forward, handled, size_of
 from tests.kernels.codegen_normal import ROWS, tiling
 from tests.kernels.machine import Case
 
@@ -46,10 +46,9 @@ def draw(
     kind = "probs" if probs else "logits"
     name = "-".join([f"draw-{kind}-{a}-{dtype}", *(f"{k}={v}" for k, v in flags.items())])
     sums = given["SCORE"] + given["ENTROPY"]
-    # A wide row is one program, chunk by chunk.
     return Case(
         f"bernoulli-{name}", bernoulli.draw_kernel, types(dtype), constants, grid.warps,
-        grid.count if grid.wide else grid.tile, (2 + sums / a) * size_of(dtype), slots,
+        handled(grid, a), (2 + sums / a) * size_of(dtype), slots,
         everywhere=everywhere,
         **forward(
             grid, a, dtype, 1, 1, sums=sums, random=given["RANDOM"], keep=given["KEEP"]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fastprob.kernels import normal
 from fastprob.kernels._launch import FLAT_TILE, Grid, forward_grid
-from tests.kernels.accesses import flat, forward, size_of, vectors
+from tests.kernels.accesses import flat, forward, handled, size_of, vectors
 from tests.kernels.machine import Case
 
 ROWS = 1 << 20
@@ -80,8 +80,7 @@ def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = Fals
     several = bool(given["MAP"] and constants["SCALE"] % 2)
     writes = given["MAP"] > several
     moved = (3 + writes + given["SCORE"] / a) * size_of(dtype)
-    # A wide row is one program, chunk by chunk.
-    elements = grid.count if grid.wide else grid.tile
+    elements = handled(grid, a)
     # Of those begun anew for each sample from rows apart no stride is known.
     scattered = (given.get("LOC") == 3) + (given.get("SCALE") == 3)
     each = vectors(size_of(dtype), min(grid.count, a) if grid.wide else grid.count, grid.warps)

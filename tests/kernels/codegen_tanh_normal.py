@@ -9,7 +9,7 @@ import torch
 from fastprob.kernels import tanh_normal
 from fastprob.kernels._launch import FLAT_TILE, forward_grid
 from tests.kernels import codegen_normal
-from tests.kernels.accesses import flat, forward, size_of, vectors
+from tests.kernels.accesses import flat, forward, handled, size_of, vectors
 from tests.kernels.codegen_normal import APART, ROWS, summed, tiling
 from tests.kernels.machine import Case
 
@@ -80,9 +80,8 @@ def draw(
     name += "-extracted" * extracted + "-several" * several
     # A scale that is mapped is written once, by tiles of the first sample alone.
     writes = extracted > several
-    # A wide row is one program, chunk by chunk.
     return Case(
-        name, kernel, _types(dtype), constants, grid.warps, grid.count if grid.wide else grid.tile,
+        name, kernel, _types(dtype), constants, grid.warps, handled(grid, a),
         (3 + writes + 1 / a) * size_of(dtype), slots, everywhere=everywhere,
         **forward(
             grid, a, dtype, 2, 1 + writes, sums=1, random=random,

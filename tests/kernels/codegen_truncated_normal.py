@@ -11,7 +11,7 @@ from fastprob.kernels import truncated_normal
 from fastprob.kernels._launch import FLAT_TILE
 from fastprob.kernels.truncated_normal import Form, backward_form, forward_form
 from tests.kernels import codegen_normal
-from tests.kernels.accesses import flat, forward, size_of
+from tests.kernels.accesses import flat, forward, handled, size_of
 from tests.kernels.codegen_normal import APART, ROWS, tiling
 from tests.kernels.machine import Case
 
@@ -87,10 +87,9 @@ def draw(
         f"truncated-normal-draw-{a}-{dtype}-tensors={tensors}-clamp={clamp}-entropy={entropy}-"
         f"kind={kind}"
     )
-    # A wide row is one program, chunk by chunk.
     return Case(
         name, kernel, _types(dtype), constants, form.warps * grid.warps,
-        grid.count if grid.wide else grid.tile,
+        handled(grid, a),
         (3 + (1 + entropy) / a) * size_of(dtype), slots,
         everywhere=everywhere, nvidia=nvidia,
         **_form(form, forward_form(*how, amd=True)[1], grid.warps),

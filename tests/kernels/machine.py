@@ -38,7 +38,7 @@ class Case:
         types: types of its arguments, `"*fp32"` or `"i64"`; constants and None are left out.
         constants: its constexpr arguments, and None for pointers that are not given.
         warps: warps of a program.
-        elements: elements that a program handles.
+        elements: elements that a program handles at once, which exist.
         bytes: bytes that must move for each element.
         slots: most issue slots for each element on sm_90, None where nothing is demanded.
         everywhere: whether it is compiled for every target, not for sm_90 alone.
@@ -59,7 +59,7 @@ class Case:
     types: dict[str, str]
     constants: dict[str, Any]
     warps: int
-    elements: int
+    elements: float
     bytes: float
     slots: float | None = None
     everywhere: bool = False
