@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,10 @@ LARGER = (4096, 8)
 # Fewer than 264 large tiles would leave multiprocessors of an H200 (132) with one or none.
 SMALL = (512, 1)
 FEW = 264 * 2048
+# Most chunks of several rows of a program: a row of more leaves a ninth of them empty at most. And
+# the fewest warps to have, one for each of the four parts of an H200's multiprocessors.
+FULL = 16
+BUSY = 528
 # Backward passes hold more values: 8 elements a thread.
 FLAT_TILE = (1024, 4)
 FLAT_SMALL = (256, 1)
@@ -34,9 +39,9 @@ class Grid(NamedTuple):
         count: elements that a program handles at a time.
         tile: elements of whole rows among them.
         rows: rows of a tile, for the gather the next power of two.
-        own: rows of a tile that are its own.
+        own: rows of a tile that are its own; where `wide`, of a program.
         gather: whether A is no power of two.
-        wide: whether a row is longer than a tile.
+        wide: whether a program goes over its rows in chunks of `count`.
         warps: warps of a program.
     """
 
@@ -80,6 +85,28 @@ def forward_grid(rows: int, a: int, lead: bool = False, larger: bool = True) -> 
         padded = triton.next_power_of_2(own)
         return Grid(-(-rows // own), count, own * a, padded, own, True, False, warps)
     return Grid(rows, LARGE[0], a, 1, 1, False, True, LARGE[1])
+
+
+def wide_grid(rows: int, a: int, count: int, warps: int) -> Grid:
+    """Tiles for rows that programs go over in chunks of `count` elements, whatever `a` is.
+
+    A program has the fewest rows that leave a tenth of its chunks empty at most, one row behind the
+    other: one of a row by itself has two chunks of 256 at A = 257, and the second has one element.
+    Where few rows would leave a GPU idle that way, a program has one.
+    """
+    # A power of 2: each number of rows is a kernel to compile.
+    most = min(FULL * count // a, 1 << (rows * warps // BUSY).bit_length() >> 1)
+    choices = range(1, max(most, 1) + 1)
+    filled = {own: _filled(own, a, count) for own in choices}
+    own = next((own for own in choices if filled[own] >= 0.9), max(choices, key=filled.__getitem__))
+    return Grid(-(-rows // own), count, own * a, 1, own, False, True, warps)
+
+
+def _filled(own: int, a: int, count: int) -> float:
+    """The part of the chunks of `own` rows that exists, where they begin least well."""
+    tile = own * a
+    # They begin with a vector, of 8 elements at most.
+    return tile / (-(-(tile + 8 - math.gcd(tile, 8)) // count) * count)
 
 
 def flat_grid(total: int) -> tuple[int, int, int]:

@@ -9,9 +9,10 @@ four whatever the size A of a row is. Three layouts, chosen at launch:
   to 3 elements in front of them, see `begin`. Their sums come from a gather: 31 to 40 issue slots
   an element for the Normal, where a tile padded to a power of two takes 116 at A = 17 and 128 at
   A = 33.
-- WIDE: a row is longer than a tile; a program goes over one row chunk by chunk. Beta's chunks
-  begin with a vector whatever A is, see `vectors_of_row`; the others' begin with a group, and are
-  of whole vectors where A is a multiple of one.
+- WIDE: a program goes over one row chunk by chunk, or over several, one behind the other, where
+  chunks would be empty for a good part. Beta's chunks begin with a vector whatever A is, see
+  `vectors_of_rows`; the others' begin with a group, and are of whole vectors where A is a multiple
+  of one.
 
 Within a tile elements are counted in int32 from the tile's start, which is an int64 scalar: more
 than 2^31 elements at the cost of none of the 64-bit arithmetic.
@@ -337,30 +338,48 @@ def clamp(x, lo, hi):
 
 
 @triton.jit
-def vectors_of_row(program, A: tl.constexpr, UNIT: tl.constexpr):
-    """The vectors of UNIT elements that a wide row lies in, where A is no multiple of UNIT.
-
-    A vector that two rows share is stored by the later one, which makes the elements of both. Not
-    so the end of the last row of all, behind which nothing may be read: a mask that ends there is
-    no whole vector's, so that such a row takes code of its own, an element at a time. Beta's draw
-    at A = 257 takes 16 loads and 8 stores of a thread that way, 4 and 2 in vectors, and 1.7% fewer
-    issue slots. A branch around loads and stores alone is no help: the
-    compiler makes one load of two, with a mask of both.
+def of_threads(x, COUNT: tl.constexpr, THREADS: tl.constexpr, UNIT: tl.constexpr):
+    """The sums of each thread's elements of a chunk, `[THREADS]`.
 
     Args:
-        program: int64, the row.
-        A: size of a row.
+        x: `[COUNT]`.
+        COUNT: size of the chunk.
+        THREADS: threads of the program; of another number the sums are right too, only slower.
+        UNIT: elements of a vector.
+    """
+    parts = tl.reshape(x, [COUNT // (THREADS * UNIT), THREADS, UNIT])
+    return tl.sum(tl.sum(parts, 2), 0)
+
+
+@triton.jit
+def vectors_of_rows(program, TILE: tl.constexpr, UNIT: tl.constexpr):
+    """The vectors of UNIT elements that a program's wide rows lie in.
+
+    A vector that two programs share is stored by the later one, which makes the elements of both.
+    Not so the end of the last row of all, behind which nothing may be read: a mask that ends there
+    is no whole vector's, so that the last program takes code of its own, an element at a time,
+    where rows are no whole vectors. Beta's draw at A = 257 took 16 loads and 8 stores of a thread
+    that way, 4 and 2 in vectors. A branch around loads and stores alone is no help: the compiler
+    makes one load of two, with a mask of both.
+
+    Args:
+        program: int64.
+        TILE: elements of its rows.
         UNIT: elements in 128 bits.
 
     Returns:
-        int64 flat index of the first vector; from there on, in int32, the row's first element, the
-        end of the last vector that it has a part of, and of the last one that is its own to store.
+        int64 flat index of the first vector; from there on, in int32, the first row's first
+        element, the end of the last row, that of the last vector that it has a part of, and of the
+        last one that is the program's own to store.
     """
-    begin = program * A
-    start = begin // UNIT * UNIT
-    skip = (begin - start).to(tl.int32)
-    end = skip + A
-    return start, skip, (end + (UNIT - 1)) // UNIT * UNIT, end // UNIT * UNIT
+    begin = program * TILE
+    if TILE % UNIT == 0:
+        return begin, 0, TILE, TILE, TILE
+    else:
+        start = begin // UNIT * UNIT
+        skip = (begin - start).to(tl.int32)
+        end = skip + TILE
+        return start, skip, end, (end + (UNIT - 1)) // UNIT * UNIT, end // UNIT * UNIT
 
 
 @triton.constexpr_function

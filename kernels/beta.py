@@ -57,6 +57,7 @@ from fastprob.kernels._launch import (
     launching,
     parameter,
     tail,
+    wide_grid,
 )
 from fastprob.kernels.bernoulli import cost_of_rest
 
@@ -77,21 +78,24 @@ SINGLE = (256, 1)
 # For the gather of A that is no power of two: within one warp it goes by shuffles, and a draw at
 # A = 17 takes 543 issue slots an element in place of 310.
 SIZES = ((512, 2), (1024, 4), (2048, 8))
+# Larger A go in chunks, which leave less empty than whole rows of a gather, a multiple of 4: a draw
+# at A = 171 takes 305 issue slots an element in place of 423.
+GATHERED = 64
 
 
 @functools.lru_cache(maxsize=4096)
 def tiling(rows: int, a: int) -> Grid:
     """The tiles for `rows` rows of `a` elements, whose rows are summed."""
     count, warps = SINGLE
-    if a > count:
-        return Grid(rows, count, a, 1, 1, False, True, warps)
-    if a & (a - 1) == 0:
+    if a & (a - 1) == 0 and a <= count:
         own = count // a
         return Grid(-(-rows // own), count, count, own, own, False, False, warps)
-    # Whole rows, a multiple of 4 for whole vectors. The smallest tile that is at least three
-    # quarters full, or the fullest.
+    if a > GATHERED:
+        return wide_grid(rows, a, count, warps)
+    # Whole rows, a multiple of 4 for whole vectors. The smallest tile that is at least seven eighths
+    # full, or the fullest.
     fitting = [(c, w, c // a // 4 * 4) for c, w in SIZES if a * 4 <= c]
-    full = [s for s in fitting if s[2] * a * 4 >= s[0] * 3]
+    full = [s for s in fitting if s[2] * a * 8 >= s[0] * 7]
     count, warps, own = full[0] if full else max(fitting, key=lambda s: s[2] * a / s[0])
     padded = triton.next_power_of_2(own)
     return Grid(-(-rows // own), count, own * a, padded, own, True, False, warps)
@@ -357,17 +361,17 @@ def scored(
 @triton.jit
 def _draw_tile(
     conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
-    start, skip, left, read, kept, rows,
+    start, read, kept, rows,
     conc1_row, conc1_column, conc0_row, conc0_column,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, CONC1: tl.constexpr,
     CONC0: tl.constexpr, KIND: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     SCORE: tl.constexpr, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr,
     FAST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the values of one tile; gives their scores and entropies, 0 outside.
+    """Writes the values of one tile; gives their scores and entropies.
 
-    Of a tile that is not WHOLE the first `read` elements are drawn, the first `kept` of them stored
-    and those from `skip` to `left` scored.
+    Of a tile that is not WHOLE the first `read` elements are drawn and the first `kept` of them
+    stored.
     """
     i = tl.arange(0, COUNT)
     there = i < read
@@ -397,36 +401,7 @@ def _draw_tile(
         # The score is that of the value as it is stored, or would be without a clamp.
         x = x.to(value.dtype.element_ty).to(tl.float32)
         score, entropy = scored(a, b, x, SCORE, ENTROPY, KIND != _RANDOM, FAST)
-        if not WHOLE:
-            inside = (i >= skip) & (i < left)
-            score = tl.where(inside, score, 0.0)
-            entropy = tl.where(inside, entropy, 0.0)
     return score, entropy
-
-
-@triton.jit
-def _draw_row(
-    conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call, start, skip, read, kept, rows,
-    conc1_row, conc1_column, conc0_row, conc0_column,
-    A: tl.constexpr, COUNT: tl.constexpr, CONC1: tl.constexpr, CONC0: tl.constexpr,
-    KIND: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, SCORE: tl.constexpr,
-    ENTROPY: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """A wide row chunk by chunk: `skip` elements after `start`, see `_tile.vectors_of_row`."""
-    left = skip + A
-    scores = tl.zeros([COUNT], tl.float32)
-    entropies = tl.zeros([COUNT], tl.float32)
-    for chunk in range(0, left, COUNT):
-        terms, more = _draw_tile(
-            conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
-            start + chunk, skip - chunk, left - chunk, read - chunk, kept - chunk, rows,
-            conc1_row, conc1_column, conc0_row, conc0_column,
-            A, COUNT, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
-            A % COUNT == 0,
-        )  # fmt: skip
-        scores += terms
-        entropies += more
-    return scores, entropies
 
 
 @triton.jit
@@ -445,6 +420,52 @@ def _store_sums(
         tile.store_rows(entropy, first, sums, rows, ROWS, OWN, False)
 
 
+@triton.jit
+def _draw_rows(
+    conc1, conc0, value, score, entropy, drawn_value, low, high, lo, hi, seed, call,
+    first, start, skip, last, read, kept, total_rows, rows,
+    conc1_row, conc1_column, conc0_row, conc0_column,
+    A: tl.constexpr, COUNT: tl.constexpr, CONC1: tl.constexpr, CONC0: tl.constexpr,
+    KIND: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, SCORE: tl.constexpr,
+    ENTROPY: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Wide rows chunk by chunk; bounds as of `_tile.vectors_of_rows`."""
+    UNIT: tl.constexpr = 128 // value.dtype.element_ty.primitive_bitwidth
+    THREADS: tl.constexpr = COUNT // 8
+    i = tl.arange(0, COUNT)
+    scores = tl.zeros([THREADS], tl.float32)
+    entropies = tl.zeros([THREADS], tl.float32)
+    row = first
+    end = skip + A
+    for chunk in range(0, last, COUNT):
+        terms, more = _draw_tile(
+            conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
+            start + chunk, read - chunk, kept - chunk, rows,
+            conc1_row, conc1_column, conc0_row, conc0_column,
+            A, COUNT, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
+            A % COUNT == 0,
+        )  # fmt: skip
+        if chunk < skip:
+            terms = tl.where(i < skip, 0.0, terms)
+            more = tl.where(i < skip, 0.0, more)
+        while end <= tl.minimum(chunk + COUNT, last):
+            its = i < end - chunk
+            scores += tile.of_threads(tl.where(its, terms, 0.0), COUNT, THREADS, UNIT)
+            entropies += tile.of_threads(tl.where(its, more, 0.0), COUNT, THREADS, UNIT)
+            _store_sums(
+                score, entropy, scores, entropies, row, total_rows, rows,
+                A, THREADS, 1, 1, False, SCORE, ENTROPY, True,
+            )  # fmt: skip
+            scores = tl.zeros([THREADS], tl.float32)
+            entropies = tl.zeros([THREADS], tl.float32)
+            terms = tl.where(its, 0.0, terms)
+            more = tl.where(its, 0.0, more)
+            row += 1
+            end += A
+        scores += tile.of_threads(terms, COUNT, THREADS, UNIT)
+        entropies += tile.of_threads(more, COUNT, THREADS, UNIT)
+
+
 @triton.jit(do_not_specialize=["seed", "call", "total_rows", "rows"])
 def draw_kernel(
     conc1, conc0, value, score, entropy, drawn_value, low, high, lo, hi,
@@ -456,45 +477,45 @@ def draw_kernel(
     SCORE: tl.constexpr, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr,
     HOST: tl.constexpr, ADVANCE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Values, scores and entropies of OWN rows; of one row, chunk by chunk, where WIDE."""
+    """Values, scores and entropies of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
     if KIND == _RANDOM:
         seed, call = random.open_state(state, seed, call, HOST)
     if WIDE:
         UNIT: tl.constexpr = 128 // value.dtype.element_ty.primitive_bitwidth
+        first = program * OWN
+        start, skip, last, read, kept = tile.vectors_of_rows(program, OWN * A, UNIT)
+        left = total_rows - first
         if A % UNIT == 0:
-            scores, entropies = _draw_row(
-                conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
-                program * A, 0, A, A, rows, conc1_row, conc1_column, conc0_row, conc0_column,
+            last = tl.minimum(left, OWN).to(tl.int32) * A
+            _draw_rows(
+                conc1, conc0, value, score, entropy, drawn_value, low, high, lo, hi, seed, call,
+                first, start, skip, last, last, last, total_rows, rows,
+                conc1_row, conc1_column, conc0_row, conc0_column,
+                A, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
+            )  # fmt: skip
+        elif left > OWN:
+            _draw_rows(
+                conc1, conc0, value, score, entropy, drawn_value, low, high, lo, hi, seed, call,
+                first, start, skip, last, read, kept, total_rows, rows,
+                conc1_row, conc1_column, conc0_row, conc0_column,
                 A, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
             )  # fmt: skip
         else:
-            start, skip, read, kept = tile.vectors_of_row(program, A, UNIT)
-            if program + 1 < total_rows:
-                scores, entropies = _draw_row(
-                    conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
-                    start, skip, read, kept, rows,
-                    conc1_row, conc1_column, conc0_row, conc0_column,
-                    A, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
-                )  # fmt: skip
-            else:
-                scores, entropies = _draw_row(
-                    conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
-                    start, skip, skip + A, skip + A, rows,
-                    conc1_row, conc1_column, conc0_row, conc0_column,
-                    A, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
-                )  # fmt: skip
-        _store_sums(
-            score, entropy, scores, entropies, program, total_rows, rows,
-            A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
-        )  # fmt: skip
+            last = skip + left.to(tl.int32) * A
+            _draw_rows(
+                conc1, conc0, value, score, entropy, drawn_value, low, high, lo, hi, seed, call,
+                first, start, skip, last, last, last, total_rows, rows,
+                conc1_row, conc1_column, conc0_row, conc0_column,
+                A, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
+            )  # fmt: skip
     else:
         start = program * TILE
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             scores, entropies = _draw_tile(
                 conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
-                start, 0, COUNT, COUNT, COUNT, rows,
+                start, COUNT, COUNT, rows,
                 conc1_row, conc1_column, conc0_row, conc0_column,
                 A, COUNT, TILE, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP,
                 FAST, True,
@@ -507,7 +528,7 @@ def draw_kernel(
             left = tl.minimum(end - start, TILE).to(tl.int32)
             scores, entropies = _draw_tile(
                 conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
-                start, 0, left, left, left, rows,
+                start, left, left, rows,
                 conc1_row, conc1_column, conc0_row, conc0_column,
                 A, COUNT, TILE, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP,
                 FAST, False,
@@ -525,13 +546,13 @@ def draw_kernel(
 
 @triton.jit
 def _score_tile(
-    conc1, conc0, value, start, skip, left, read, rows,
+    conc1, conc0, value, start, read, rows,
     conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
     A: tl.constexpr, COUNT: tl.constexpr, CONC1: tl.constexpr, CONC0: tl.constexpr,
     VALUE: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr, FAST: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Scores and entropies of the elements of one tile; its bounds are those of `_draw_tile`."""
+    """Scores and entropies of the elements of one tile; `read` as of `_draw_tile`."""
     i = tl.arange(0, COUNT)
     there = i < read
     a = tile.load(
@@ -545,34 +566,49 @@ def _score_tile(
         x = tile.load(
             value, start, i, there, 0.5, rows, value_row, value_column, A, COUNT, VALUE, WHOLE
         )
-    score, entropy = scored(a, b, x, SCORE, ENTROPY, True, FAST)
-    if not WHOLE:
-        inside = (i >= skip) & (i < left)
-        score = tl.where(inside, score, 0.0)
-        entropy = tl.where(inside, entropy, 0.0)
-    return score, entropy
+    return scored(a, b, x, SCORE, ENTROPY, True, FAST)
 
 
 @triton.jit
-def _score_row(
-    conc1, conc0, value, start, skip, read, rows,
+def _score_rows(
+    conc1, conc0, value, score, entropy, first, start, skip, last, read, total_rows, rows,
     conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
     A: tl.constexpr, COUNT: tl.constexpr, CONC1: tl.constexpr, CONC0: tl.constexpr,
     VALUE: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The scores and entropies of a wide row's elements, as in `_draw_row`."""
-    left = skip + A
-    scores = tl.zeros([COUNT], tl.float32)
-    entropies = tl.zeros([COUNT], tl.float32)
-    for chunk in range(0, left, COUNT):
+    """The scores and entropies of wide rows, as in `_draw_rows`."""
+    UNIT: tl.constexpr = 128 // value.dtype.element_ty.primitive_bitwidth
+    THREADS: tl.constexpr = COUNT // 8
+    i = tl.arange(0, COUNT)
+    scores = tl.zeros([THREADS], tl.float32)
+    entropies = tl.zeros([THREADS], tl.float32)
+    row = first
+    end = skip + A
+    for chunk in range(0, last, COUNT):
         terms, more = _score_tile(
-            conc1, conc0, value, start + chunk, skip - chunk, left - chunk, read - chunk, rows,
+            conc1, conc0, value, start + chunk, read - chunk, rows,
             conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
             A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST, A % COUNT == 0,
         )  # fmt: skip
-        scores += terms
-        entropies += more
-    return scores, entropies
+        if chunk < skip:
+            terms = tl.where(i < skip, 0.0, terms)
+            more = tl.where(i < skip, 0.0, more)
+        while end <= tl.minimum(chunk + COUNT, last):
+            its = i < end - chunk
+            scores += tile.of_threads(tl.where(its, terms, 0.0), COUNT, THREADS, UNIT)
+            entropies += tile.of_threads(tl.where(its, more, 0.0), COUNT, THREADS, UNIT)
+            _store_sums(
+                score, entropy, scores, entropies, row, total_rows, rows,
+                A, THREADS, 1, 1, False, SCORE, ENTROPY, True,
+            )  # fmt: skip
+            scores = tl.zeros([THREADS], tl.float32)
+            entropies = tl.zeros([THREADS], tl.float32)
+            terms = tl.where(its, 0.0, terms)
+            more = tl.where(its, 0.0, more)
+            row += 1
+            end += A
+        scores += tile.of_threads(terms, COUNT, THREADS, UNIT)
+        entropies += tile.of_threads(more, COUNT, THREADS, UNIT)
 
 
 @triton.jit(do_not_specialize=["total_rows", "rows"])
@@ -584,42 +620,44 @@ def score_kernel(
     CONC0: tl.constexpr, VALUE: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """Scores of given values, and entropies, of OWN rows; of one row where WIDE."""
+    """Scores of given values, and entropies, of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
     if WIDE:
         UNIT: tl.constexpr = 128 // min(
             conc1.dtype.element_ty.primitive_bitwidth, value.dtype.element_ty.primitive_bitwidth
         )
+        first = program * OWN
+        start, skip, last, read, _ = tile.vectors_of_rows(program, OWN * A, UNIT)
+        left = total_rows - first
         if A % UNIT == 0:
-            scores, entropies = _score_row(
-                conc1, conc0, value, program * A, 0, A, rows,
+            last = tl.minimum(left, OWN).to(tl.int32) * A
+            _score_rows(
+                conc1, conc0, value, score, entropy, first, start, skip, last, last,
+                total_rows, rows,
+                conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
+                A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST,
+            )  # fmt: skip
+        elif left > OWN:
+            _score_rows(
+                conc1, conc0, value, score, entropy, first, start, skip, last, read,
+                total_rows, rows,
                 conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
                 A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST,
             )  # fmt: skip
         else:
-            start, skip, read, _ = tile.vectors_of_row(program, A, UNIT)
-            if program + 1 < total_rows:
-                scores, entropies = _score_row(
-                    conc1, conc0, value, start, skip, read, rows,
-                    conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
-                    A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST,
-                )  # fmt: skip
-            else:
-                scores, entropies = _score_row(
-                    conc1, conc0, value, start, skip, skip + A, rows,
-                    conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
-                    A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST,
-                )  # fmt: skip
-        _store_sums(
-            score, entropy, scores, entropies, program, total_rows, rows,
-            A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
-        )  # fmt: skip
+            last = skip + left.to(tl.int32) * A
+            _score_rows(
+                conc1, conc0, value, score, entropy, first, start, skip, last, last,
+                total_rows, rows,
+                conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
+                A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST,
+            )  # fmt: skip
     else:
         start = program * TILE
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             scores, entropies = _score_tile(
-                conc1, conc0, value, start, 0, COUNT, COUNT, rows,
+                conc1, conc0, value, start, COUNT, rows,
                 conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
                 A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST, True,
             )  # fmt: skip
@@ -630,7 +668,7 @@ def score_kernel(
         else:
             left = tl.minimum(end - start, TILE).to(tl.int32)
             scores, entropies = _score_tile(
-                conc1, conc0, value, start, 0, left, left, rows,
+                conc1, conc0, value, start, left, rows,
                 conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
                 A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST, False,
             )  # fmt: skip

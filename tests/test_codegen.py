@@ -222,7 +222,26 @@ def test_a_way_goes_through_what_a_case_names():
     def way(through):
         return [listing[i][0] for i in machine.shortest_path(listing, through)]
 
-    assert way(None) == short
-    assert way("LDG.128") == way("STG.128") == long
+    assert way(()) == short
+    assert way(("LDG.128",)) == way(("STG.128",)) == way(("LDG.128", "STG.128")) == long
     # Nothing of that kind: the shortest way of all.
-    assert way("LDG.64") == short
+    assert way(("LDG.64",)) == short
+    assert way(("LDG.64", "STG.128")) == long
+
+
+def test_a_way_goes_through_all_that_a_case_names_in_its_order():
+    listing = [
+        (0x00, "LDG.E.128 R4, [R2]"),
+        (0x10, "@P0 BRA 0x30"),
+        (0x20, "STG.E [R8], R4"),
+        (0x30, "@P1 BRA 0x00"),
+        (0x40, "EXIT"),
+    ]
+
+    def way(*through):
+        return [listing[i][0] for i in machine.shortest_path(listing, through)]
+
+    assert way("LDG.128") == [0x00, 0x10, 0x30, 0x40]
+    assert way("LDG.128", "STG.32") == [0x00, 0x10, 0x20, 0x30, 0x40]
+    # Around the loop once more, for a load behind the store.
+    assert way("STG.32", "LDG.128") == [0x00, 0x10, 0x20, 0x30, 0x00, 0x10, 0x30, 0x40]

@@ -7,6 +7,7 @@ no vectors lie. What is demanded is for a thread, on the shortest way.
 
 from __future__ import annotations
 
+import math
 from typing import TypedDict
 
 from fastprob.kernels._launch import FLAT_TILE, Grid
@@ -29,12 +30,32 @@ def vectors(size: int, count: int, warps: int) -> int:
     return -(-count * size // (32 * warps * 16))
 
 
-def handled(grid: Grid, a: int) -> float:
-    """Elements that exist of those that a program takes at once; of a wide row's chunks the mean.
+def handled(grid: Grid) -> float:
+    """Elements that exist of those that a program takes at once; of wide rows' chunks the mean.
 
-    Of 2048 in a chunk 1500 are a row's at A = 1500; of Beta's two times 256 at A = 257, 257.
+    Of Beta's 8 chunks of 256 elements at A = 257 7 rows are, which begin up to 7 elements behind
+    the first.
     """
-    return a / -(-a // grid.count) if grid.wide else grid.tile
+    if not grid.wide:
+        return grid.tile
+    reach = grid.tile + 8 - math.gcd(grid.tile, 8)
+    return grid.tile / -(-reach // grid.count)
+
+
+def ends(grid: Grid, a: int) -> int:
+    """Ends of rows that a chunk may have, where its elements are those of `handled`."""
+    return math.ceil(handled(grid) / a)
+
+
+def through(grid: Grid, a: int, dtype: str, sums: int, random: bool = False) -> tuple[str, ...]:
+    """What the way of wide rows goes through: whole vectors, and all ends of rows in a chunk.
+
+    Where the state is advanced, a store of 32 bits returns the ticket too.
+    """
+    if not grid.wide:
+        return ()
+    stores = ["STG.32" if dtype == "fp32" else "STG.U16"] * (ends(grid, a) * sums)
+    return ("LDG.128", *stores, *["STG.32"] * random)
 
 
 def forward(
@@ -59,7 +80,7 @@ def forward(
     size = size_of(dtype)
     threads = 32 * (warps or grid.warps)
     # Of a row within one chunk the elements that exist.
-    count = min(grid.count, a) if grid.wide else grid.count
+    count = min(grid.count, grid.tile) if grid.wide else grid.count
     each = vectors(size, count, threads // 32)
     elements = -(-grid.count // threads)
     wide = elements * size >= 16
@@ -68,7 +89,8 @@ def forward(
     if a == 1:
         # A row's result is one for each element.
         stores, sums = stores + sums, 0
-    narrow_stores = sums * -(-grid.own // threads) + 2 * random + 2 * keep
+    each_sum = ends(grid, a) if grid.wide else -(-grid.own // threads)
+    narrow_stores = sums * each_sum + 2 * random + 2 * keep
     if not wide:
         # A thread has less than a vector, which is one access.
         return {

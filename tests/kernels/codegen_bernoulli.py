@@ -48,7 +48,7 @@ def draw(
     sums = given["SCORE"] + given["ENTROPY"]
     return Case(
         f"bernoulli-{name}", bernoulli.draw_kernel, types(dtype), constants, grid.warps,
-        handled(grid, a), (2 + sums / a) * size_of(dtype), slots,
+        handled(grid), (2 + sums / a) * size_of(dtype), slots,
         everywhere=everywhere,
         **forward(
             grid, a, dtype, 1, 1, sums=sums, random=given["RANDOM"], keep=given["KEEP"]

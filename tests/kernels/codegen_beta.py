@@ -6,7 +6,7 @@ import torch
 
 from fastprob.kernels import beta
 from fastprob.kernels._launch import FLAT_TILE, Grid
-from tests.kernels.accesses import flat, forward, handled, size_of
+from tests.kernels.accesses import flat, forward, handled, size_of, through
 from tests.kernels.codegen_normal import ROWS, tiling
 from tests.kernels.machine import Case
 
@@ -56,9 +56,9 @@ def draw(
     name += (f"-clamp={clamp}" if clamp else "") + ("-kept" if keep else "")
     return Case(
         name, beta.draw_kernel, types(dtype), constants, grid.warps,
-        handled(grid, a),
+        handled(grid),
         (3 + keep + (score + entropy) / a) * size_of(dtype), slots,
-        everywhere=everywhere, nvidia=nvidia, through=_through(grid),
+        everywhere=everywhere, nvidia=nvidia, through=through(grid, a, dtype, score + entropy, random),
         **forward(
             grid, a, dtype, 2, 1 + keep, sums=score + entropy, random=random,
             repeated=2 * (clamp == 2),
@@ -78,8 +78,8 @@ def score(
     name = f"beta-score{'-entropy' if entropy else ''}-{a}-{dtype}"
     return Case(
         name, beta.score_kernel, types(dtype), constants, grid.warps,
-        handled(grid, a), (3 + (1 + entropy) / a) * size_of(dtype), slots,
-        everywhere=everywhere, nvidia=nvidia, through=_through(grid),
+        handled(grid), (3 + (1 + entropy) / a) * size_of(dtype), slots,
+        everywhere=everywhere, nvidia=nvidia, through=through(grid, a, dtype, 1 + entropy),
         **forward(grid, a, dtype, 3, 0, sums=1 + entropy),
     )  # fmt: skip
 
@@ -113,14 +113,8 @@ def _bounds(clamp: int) -> dict[str, bool]:
     return {"lo": clamp == 1, "hi": clamp == 1, "low": clamp == 2, "high": clamp == 2}
 
 
-def _through(grid: Grid) -> str | None:
-    """Of the two ways of a wide row that of whole vectors, see `_tile.vectors_of_row`."""
-    return "LDG.128" if grid.wide else None
-
-
 # What was measured and at most 15%. The shortest way makes one try of 119 slots, and a tile makes
-# two or three; a branch for concentrations below 1 is left out. At A = 257 a second chunk has one
-# element: half of what a program does there is for nothing. fp32 is bound by memory below 97.
+# two or three; a branch for concentrations below 1 is left out. fp32 is bound by memory below 97.
 # AMD's compiler keeps two scalars of a draw at A = 8 in lanes of a vector register, which counts as
 # a spill there: A = 1 and 17 are compiled for it.
 CASES = [
@@ -133,9 +127,14 @@ CASES = [
     draw(1, "fp32", 305, everywhere=True),
     draw(17, "fp32", 346, everywhere=True),
     draw(64, "fp32", 317),
-    draw(257, "fp32", 665, nvidia=True),
-    draw(257, "bf16", 670),
-    draw(1500, "fp32", 318),
+    # Chunks with up to 4, 2 and 1 ends of rows.
+    draw(65, "fp32", 385),
+    draw(171, "fp32", 360, nvidia=True),
+    draw(257, "fp32", 360, nvidia=True),
+    draw(257, "bf16", 365),
+    draw(257, "fp32", 420, entropy=True, nvidia=True),
+    draw(513, "fp32", 355),
+    draw(1500, "fp32", 325),
     draw(1500, "bf16", 335, nvidia=True),
     draw(8, "fp32", 310, clamp=1, keep=True),
     draw(8, "fp32", 310, clamp=2),
@@ -146,8 +145,9 @@ CASES = [
     score(8, "fp32", 160, everywhere=True),
     score(8, "fp32", 122, entropy=False),
     score(17, "fp32", 199),
-    score(257, "fp32", 385, nvidia=True),
-    score(257, "bf16", 375, nvidia=True),
+    score(65, "fp32", 250),
+    score(257, "fp32", 215, nvidia=True),
+    score(257, "bf16", 215, nvidia=True),
     score(8, "bf16", 160),
     backward(8, "fp32", beta.RANDOM, 140, everywhere=True),
     backward(8, "fp32", beta.RANDOM, 145, everywhere=True, clamp=1),

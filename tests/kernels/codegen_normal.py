@@ -80,7 +80,7 @@ def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = Fals
     several = bool(given["MAP"] and constants["SCALE"] % 2)
     writes = given["MAP"] > several
     moved = (3 + writes + given["SCORE"] / a) * size_of(dtype)
-    elements = handled(grid, a)
+    elements = handled(grid)
     # Of those begun anew for each sample from rows apart no stride is known.
     scattered = (given.get("LOC") == 3) + (given.get("SCALE") == 3)
     each = vectors(size_of(dtype), min(grid.count, a) if grid.wide else grid.count, grid.warps)

@@ -81,7 +81,7 @@ def draw(
     # A scale that is mapped is written once, by tiles of the first sample alone.
     writes = extracted > several
     return Case(
-        name, kernel, _types(dtype), constants, grid.warps, handled(grid, a),
+        name, kernel, _types(dtype), constants, grid.warps, handled(grid),
         (3 + writes + 1 / a) * size_of(dtype), slots, everywhere=everywhere,
         **forward(
             grid, a, dtype, 2, 1 + writes, sums=1, random=random,

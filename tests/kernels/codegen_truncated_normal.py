@@ -89,7 +89,7 @@ def draw(
     )
     return Case(
         name, kernel, _types(dtype), constants, form.warps * grid.warps,
-        handled(grid, a),
+        handled(grid),
         (3 + (1 + entropy) / a) * size_of(dtype), slots,
         everywhere=everywhere, nvidia=nvidia,
         **_form(form, forward_form(*how, amd=True)[1], grid.warps),

@@ -15,6 +15,7 @@ import heapq
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,9 @@ class Case:
         narrow: loads and stores of fewer bits at the most; None where nothing is demanded.
         anywhere: as `accesses`, in the whole listing, of a kernel with tiles that load or store
             more than those of the shortest way; None where nothing is demanded.
-        through: a kind of access that the shortest way has one of, where there is one: `"LDG.128"`
-            where the last row has code of its own, which may be the shorter one.
+        through: kinds of access that the shortest way has one of, in this order, where there are
+            such: `"LDG.128"` where the last rows have code of their own, which may be the shorter
+            one, and the store of a row's sum, where a chunk may have no end of a row.
         turns: of the innermost loop on the shortest way.
         registers: most that the assembler may take on NVIDIA's targets; None for its own choice.
         amd: what differs there: constants, and `"warps"`.
@@ -66,7 +68,7 @@ class Case:
     accesses: tuple[int, int] = field(kw_only=True)
     narrow: tuple[int, int] | None = None
     anywhere: tuple[int, int] | None = None
-    through: str | None = None
+    through: tuple[str, ...] = ()
     turns: int = 1
     registers: int | None = None
     amd: dict[str, int] = field(default_factory=dict)
@@ -134,7 +136,7 @@ def _run(tool: str, *arguments: str) -> str:
     return done.stdout
 
 
-def read(binary: Any, through: str | None = None) -> Code:
+def read(binary: Any, through: Sequence[str] = ()) -> Code:
     """Reads a kernel compiled for one of NVIDIA's targets; `through` as `Case` has it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -192,17 +194,20 @@ def innermost_turn(instructions: list[tuple[int, str]], path: list[int]) -> list
     return min(turns, key=len, default=[])
 
 
-def shortest_path(instructions: list[tuple[int, str]], through: str | None = None) -> list[int]:
+def shortest_path(instructions: list[tuple[int, str]], through: Sequence[str] = ()) -> list[int]:
     """Where the fewest instructions from the entry to an exit stand, by Dijkstra 1959.
 
-    Past an access of the kind `through`, where there is one. A place is an instruction, plus their
-    number where such a one has been passed.
+    Past an access of each of the kinds `through`, in their order, where there is one. A place is an
+    instruction, plus their number for each kind that has been passed.
     """
     length = len(instructions)
-    passed = [
-        length * (through is not None and _width(text) == through) for _, text in instructions
-    ]
-    wanted = length if any(passed) else 0
+    kinds = [k for k in through if any(_width(text) == k for _, text in instructions)]
+
+    def placed(stage: int, i: int) -> int:
+        """The place of instruction i, reached with the first `stage` kinds passed."""
+        met = stage < len(kinds) and _width(instructions[i][1]) == kinds[stage]
+        return length * (stage + met) + i
+
     index = {address: i for i, (address, _) in enumerate(instructions)}
     # An exit of some threads alone is passed by, but where there is no other: a loop may end so.
     guarded = all(_split(t)[0] for _, t in instructions if _split(t)[1].split(".")[0] == "EXIT")
@@ -225,20 +230,23 @@ def shortest_path(instructions: list[tuple[int, str]], through: str | None = Non
         taken = [] if target is None else [target]
         return taken if always else [*taken, i + 1]
 
-    steps, before, queue = {passed[0]: 0}, {}, [(0, passed[0])]
+    steps, before, queue = {placed(0, 0): 0}, {}, [(0, placed(0, 0))]
     end = None
     while queue:
         count, i = heapq.heappop(queue)
         if count > steps[i]:
             continue
         after = successors(i % length)
-        if after is None and i >= wanted:
-            end = i
-            break
-        for j in after or ():
+        if after is None:
+            if i >= length * len(kinds):
+                end = i
+                break
+            # Too early; where it is an exit of some threads, others go on.
+            after = [i % length + 1] if guarded else []
+        for j in after:
             if j >= length:
                 continue
-            j += max(i - i % length, passed[j])
+            j = placed(i // length, j)
             if count + 1 < steps.get(j, count + 2):
                 steps[j], before[j] = count + 1, i
                 heapq.heappush(queue, (count + 1, j))

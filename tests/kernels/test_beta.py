@@ -29,7 +29,9 @@ from fastprob.ops._fused import Bounds
 from fastprob.reference import beta as reference
 from fastprob.reference import normal, philox
 from fastprob.specs import Bounded, Composite, projection_plan
+from tests.kernels.accesses import handled
 from tests.kernels.accuracy import DTYPES, SIZES, Errors
+from tests.kernels.wide import chunked, tilings
 
 SEED = 33
 NONE = torch.Size()
@@ -111,6 +113,37 @@ def test_draws_scores_and_entropies(dtype, device):
             errors.add(f"score {a}", score, own[0], truth[0])
             errors.add(f"entropy {a}", entropy, own[1], truth[1])
     errors.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@tilings
+def test_rows_in_chunks(a, own, rows, dtype, device, monkeypatch):
+    """The same draws whatever rows a program has, and the scores and entropies of each."""
+    monkeypatch.setattr(kernels, "tiling", lambda n, a: chunked(a, own, n, *kernels.SINGLE))
+    sample = torch.Size((2,))
+    one, zero = parameters((rows, a), dtype, device)
+    state = State(pair(device))
+    value, score, entropy, _ = kernels.draw(one, zero, sample, 1, state=state, entropy=True)
+    wide = [t.double().expand(2, -1, -1) for t in (one, zero)]
+    assert_same_draws(value, philox.beta(pair(device), *wide)[0])
+    errors = Errors()
+    found, truth = own_results(one, zero, value), truths(one, zero, value)
+    for got in ((score, entropy), kernels.score(one, zero, value, 1, entropy=True)):
+        errors.add("score", got[0], found[0], truth[0])
+        errors.add("entropy", got[1], found[1], truth[1])
+    errors.check()
+
+
+def test_large_batches_leave_few_elements_of_their_tiles_empty():
+    filled = {a: handled(kernels.tiling(1 << 20, a)) for a in range(1, 5001)}
+    empty = {a: 1 - f / kernels.tiling(1 << 20, a).count for a, f in filled.items()}
+    assert max(empty.values()) <= 0.125
+
+
+def test_few_rows_have_programs_of_their_own():
+    """A chunk of a program waits for the one before."""
+    for rows in (1, 3, 500):
+        assert kernels.tiling(rows, 257).programs == rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
