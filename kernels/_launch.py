@@ -26,6 +26,8 @@ FEW = 264 * 2048
 # the fewest warps to have, one for each of the four parts of an H200's multiprocessors.
 FULL = 16
 BUSY = 528
+# Fewer wide rows have a program of 4 warps each: a chunk of a program waits for the one before.
+ALONE = 4 * BUSY
 # Backward passes hold more values: 8 elements a thread.
 FLAT_TILE = (1024, 4)
 FLAT_SMALL = (256, 1)
@@ -56,15 +58,13 @@ class Grid(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_grid(rows: int, a: int, lead: bool = False, larger: bool = True) -> Grid:
+def forward_grid(rows: int, a: int, larger: bool = True) -> Grid:
     """The tiles for `rows` rows of `a` elements, whose rows are summed.
 
     Args:
         rows: how many there are.
         a: their size.
-        lead: whether a tile may begin up to 3 elements before its first row, see `_tile.begin`.
-            The Normal's draw takes 38 issue slots an element with it at A = 257, 47 without.
-        larger: whether a tile may have 4096 elements; where not, `lead` is needed.
+        larger: whether a tile may have 4096 elements.
     """
     few = rows * a < FEW
     if a & (a - 1) == 0 and a <= LARGE[0]:
@@ -75,16 +75,21 @@ def forward_grid(rows: int, a: int, lead: bool = False, larger: bool = True) -> 
         sizes = (SMALL, LARGE, LARGER) if few else (LARGE, LARGER)
         sizes = sizes if larger else sizes[:-1]
         # Whole rows, a multiple of 4: a tile begins with a group of the noise. The smallest tile
-        # that is at least three quarters full, or the fullest.
-        fitting = [(c, w, c // a // 4 * 4) for c, w in sizes if a * 4 <= c]
-        if lead and all(s[2] * a * 8 < s[0] * 7 for s in fitting):
-            fitting = [(c, w, (c - 3) // a) for c, w in sizes if a * 4 <= c or not larger]
-            fitting = [max(fitting, key=lambda s: s[2] * a / s[0])]
-        full = [s for s in fitting if s[2] * a * 4 >= s[0] * 3]
-        count, warps, own = full[0] if full else max(fitting, key=lambda s: s[2] * a / s[0])
-        padded = triton.next_power_of_2(own)
-        return Grid(-(-rows // own), count, own * a, padded, own, True, False, warps)
-    return Grid(rows, LARGE[0], a, 1, 1, False, True, LARGE[1])
+        # that is at least seven eighths full. Else as many as fit, with up to 3 elements in front
+        # of them, see `_tile.begin`: the Normal's draw takes 38 issue slots an element that way at
+        # A = 257, 47 without.
+        fitting = [(count // a // 4 * 4, count, warps) for count, warps in sizes]
+        fitting = [s for s in fitting if s[0] * a * 8 >= s[1] * 7]
+        if not fitting:
+            fitting = [((count - 3) // a, count, warps) for count, warps in sizes]
+            fitting = [max(fitting, key=lambda s: (s[0] > 1, s[0] * a / s[1]))]
+        own, count, warps = fitting[0]
+        if own * a * 8 >= count * 7 or (rows < ALONE and own > 1):
+            padded = triton.next_power_of_2(own)
+            return Grid(-(-rows // own), count, own * a, padded, own, True, False, warps)
+    if rows < ALONE or a % LARGE[0] == 0:
+        return Grid(rows, LARGE[0], a, 1, 1, False, True, LARGE[1])
+    return wide_grid(rows, a, *SMALL)
 
 
 def wide_grid(rows: int, a: int, count: int, warps: int) -> Grid:

@@ -9,10 +9,9 @@ four whatever the size A of a row is. Three layouts, chosen at launch:
   to 3 elements in front of them, see `begin`. Their sums come from a gather: 31 to 40 issue slots
   an element for the Normal, where a tile padded to a power of two takes 116 at A = 17 and 128 at
   A = 33.
-- WIDE: a program goes over one row chunk by chunk, or over several, one behind the other, where
-  chunks would be empty for a good part. Beta's chunks begin with a vector whatever A is, see
-  `vectors_of_rows`; the others' begin with a group, and are of whole vectors where A is a multiple
-  of one.
+- WIDE, of long rows: a program goes over one chunk by chunk, or over several, one behind the other,
+  where their chunks would be empty for a good part. Chunks begin with a vector whatever A is, see
+  `wide_rows`.
 
 Within a tile elements are counted in int32 from the tile's start, which is an int64 scalar: more
 than 2^31 elements at the cost of none of the 64-bit arithmetic.
@@ -337,52 +336,87 @@ def clamp(x, lo, hi):
     return tl.minimum(x, hi, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit
-def of_threads(x, COUNT: tl.constexpr, THREADS: tl.constexpr, UNIT: tl.constexpr):
-    """The sums of each thread's elements of a chunk, `[THREADS]`.
-
-    Args:
-        x: `[COUNT]`.
-        COUNT: size of the chunk.
-        THREADS: threads of the program; of another number the sums are right too, only slower.
-        UNIT: elements of a vector.
-    """
-    parts = tl.reshape(x, [COUNT // (THREADS * UNIT), THREADS, UNIT])
-    return tl.sum(tl.sum(parts, 2), 0)
+@triton.constexpr_function
+def vector(bits, others=64):
+    """Elements in 128 bits of the smaller of two sizes, 8 at most."""
+    return min(8, 128 // min(bits, others))
 
 
 @triton.jit
-def vectors_of_rows(program, TILE: tl.constexpr, UNIT: tl.constexpr):
-    """The vectors of UNIT elements that a program's wide rows lie in.
+def wide_rows(
+    program, total_rows, A: tl.constexpr, OWN: tl.constexpr, UNIT: tl.constexpr,
+    LAST: tl.constexpr,
+):  # fmt: skip
+    """The vectors of UNIT elements that a program's OWN wide rows lie in.
 
     A vector that two programs share is stored by the later one, which makes the elements of both.
     Not so the end of the last row of all, behind which nothing may be read: a mask that ends there
-    is no whole vector's, so that the last program takes code of its own, an element at a time,
-    where rows are no whole vectors. Beta's draw at A = 257 took 16 loads and 8 stores of a thread
-    that way, 4 and 2 in vectors. A branch around loads and stores alone is no help: the compiler
-    makes one load of two, with a mask of both.
+    is no whole vector's, so that the last program takes code of its own, an element at a time.
+    Beta's draw at A = 257 took 16 loads and 8 stores of a thread that way, 4 and 2 in vectors. A
+    branch around loads and stores alone is no help: the compiler makes one load of two, with a mask
+    of both.
 
     Args:
         program: int64.
-        TILE: elements of its rows.
+        total_rows: number of rows of all programs.
+        A: size of a row.
+        OWN: rows of a program.
         UNIT: elements in 128 bits.
+        LAST: whether the program is the last one, where A is no multiple of UNIT.
 
     Returns:
         int64 flat index of the first vector; from there on, in int32, the first row's first
         element, the end of the last row, that of the last vector that it has a part of, and of the
         last one that is the program's own to store.
     """
-    begin = program * TILE
-    if TILE % UNIT == 0:
-        return begin, 0, TILE, TILE, TILE
+    first = program * OWN
+    begin = first * A
+    if A % UNIT == 0:
+        end = tl.minimum(total_rows - first, OWN).to(tl.int32) * A
+        return begin, 0, end, end, end
     else:
         start = begin // UNIT * UNIT
         skip = (begin - start).to(tl.int32)
-        end = skip + TILE
-        return start, skip, end, (end + (UNIT - 1)) // UNIT * UNIT, end // UNIT * UNIT
+        if LAST:
+            end = skip + (total_rows - first).to(tl.int32) * A
+            return start, skip, end, end, end
+        else:
+            end = skip + OWN * A
+            return start, skip, end, (end + (UNIT - 1)) // UNIT * UNIT, end // UNIT * UNIT
 
 
-@triton.constexpr_function
-def span(a, count):
-    """Elements that the chunks of a row of `a` go over: up to 3 lie before it."""
-    return a if a % count == 0 else a + 3
+@triton.jit
+def of_threads(x, COUNT: tl.constexpr, THREADS: tl.constexpr, UNIT: tl.constexpr):
+    """The sums of each thread's elements of a chunk: 8 registers become one at 8 a thread.
+
+    Args:
+        x: `[COUNT]`.
+        COUNT: size of the chunk.
+        THREADS: threads of the program; with another number sums take an exchange.
+        UNIT: elements of a vector.
+
+    Returns:
+        `[THREADS]`.
+    """
+    parts = tl.reshape(x, [COUNT // (THREADS * UNIT), THREADS, UNIT])
+    return tl.sum(tl.sum(parts, 2), 0)
+
+
+@triton.jit
+def ended(
+    sums, x, i, end, COUNT: tl.constexpr, THREADS: tl.constexpr, UNIT: tl.constexpr
+):  # fmt: skip
+    """What a row has that ends at `end` of a chunk, and the chunk's terms without it.
+
+    Args:
+        sums: what chunks before have of it, as of `of_threads`.
+        x: the chunk's terms, `[COUNT]`.
+        i: int32 `[COUNT]`.
+        end: the row's end.
+        COUNT: size of the chunk.
+        THREADS: as of `of_threads`.
+        UNIT: likewise.
+    """
+    its = i < end
+    sums += of_threads(tl.where(its, x, 0.0), COUNT, THREADS, UNIT)
+    return sums, tl.where(its, 0.0, x)

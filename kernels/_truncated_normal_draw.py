@@ -101,18 +101,22 @@ def _drawn(
 @triton.jit
 def _draw_tile(
     loc, scale, low, high, value, lo, hi, clamp_low, clamp_high, clamp_lo, clamp_hi,
-    seed, call, start, skip, left, rows, loc_row, loc_column, scale_row, scale_column,
+    seed, call, start, read, kept, rows, loc_row, loc_column, scale_row, scale_column,
     low_row, low_column, high_row, high_column,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, LOC: tl.constexpr,
     SCALE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr,
     SCORE: tl.constexpr, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr,
     CUT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the values of one tile; gives minus their scores, and entropies, 0 outside."""
+    """Writes the values of one tile; gives minus their scores, and entropies.
+
+    Of a tile that is not WHOLE the first `read` elements are drawn; `kept` are stored.
+    """
     SIZE: tl.constexpr = COUNT // 2 if CUT else COUNT
     TURNS: tl.constexpr = 2 if CUT else 1
     i = tl.arange(0, COUNT)
-    inside = (i >= skip) & (i < left)
+    inside = i < read
+    stored = i < kept
     mu = tn.raw(loc, start, i, inside, 0.0, rows, loc_row, loc_column, A, COUNT, LOC, WHOLE)
     sigma = tn.raw(
         scale, start, i, inside, 1.0, rows, scale_row, scale_column, A, COUNT, SCALE, WHOLE
@@ -147,13 +151,58 @@ def _draw_tile(
             clamp_low, clamp_high, clamp_lo, clamp_hi, start, i, A, COUNT, CLAMP
         )
         drawn = tile.clamp(drawn.to(tl.float32), bottom, top)
-    tile.store(value, start, drawn, i, inside, COUNT, TILE, WHOLE and TILE % 4 == 0)
+    tile.store(value, start, drawn, i, stored, COUNT, TILE, WHOLE and TILE % 4 == 0)
     energies = halves.joined_terms(energy0, energy1, COUNT, CUT)
     entropies = halves.joined_terms(terms0, terms1, COUNT, CUT)
-    if not WHOLE:
-        energies = tl.where(inside, energies, 0.0)
-        entropies = tl.where(inside, entropies, 0.0)
     return energies, entropies
+
+
+@triton.jit
+def _draw_rows(
+    loc, scale, low, high, value, score, entropy, lo, hi, clamp_low, clamp_high, clamp_lo, clamp_hi,
+    seed, call, program, total_rows, rows, loc_row, loc_column, scale_row, scale_column,
+    low_row, low_column, high_row, high_column,
+    A: tl.constexpr, COUNT: tl.constexpr, OWN: tl.constexpr, LOC: tl.constexpr,
+    SCALE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, KIND: tl.constexpr,
+    SCORE: tl.constexpr, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, FAST: tl.constexpr,
+    CUT: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """OWN wide rows chunk by chunk; UNIT and LAST as of `_tile.wide_rows`."""
+    start, skip, last, read, kept = tile.wide_rows(program, total_rows, A, OWN, UNIT, LAST)
+    # See `truncated_normal.forward_form`; on AMD the sums take an exchange.
+    EACH: tl.constexpr = tn.each(LOW, ENTROPY)
+    THREADS: tl.constexpr = COUNT // EACH
+    VECTOR: tl.constexpr = min(UNIT, EACH)
+    i = tl.arange(0, COUNT)
+    energies = tl.zeros([THREADS], tl.float32)
+    entropies = tl.zeros([THREADS], tl.float32)
+    row = program * OWN
+    end = skip + A
+    for chunk in range(0, last, COUNT):
+        energy, terms = _draw_tile(
+            loc, scale, low, high, value, lo, hi, clamp_low, clamp_high, clamp_lo, clamp_hi,
+            seed, call, start + chunk, read - chunk, kept - chunk, rows,
+            loc_row, loc_column, scale_row, scale_column,
+            low_row, low_column, high_row, high_column,
+            A, COUNT, COUNT, LOC, SCALE, LOW, HIGH, KIND, SCORE, ENTROPY, CLAMP, FAST, CUT,
+            A % COUNT == 0,
+        )  # fmt: skip
+        if chunk < skip:
+            energy = tl.where(i < skip, 0.0, energy)
+            terms = tl.where(i < skip, 0.0, terms)
+        while end <= tl.minimum(chunk + COUNT, last):
+            energies, energy = tile.ended(energies, energy, i, end - chunk, COUNT, THREADS, VECTOR)
+            entropies, terms = tile.ended(entropies, terms, i, end - chunk, COUNT, THREADS, VECTOR)
+            tn.store_sums(
+                score, entropy, energies, entropies, row, total_rows, rows, 0,
+                A, THREADS, 1, 1, False, SCORE, ENTROPY, True,
+            )  # fmt: skip
+            energies = tl.zeros([THREADS], tl.float32)
+            entropies = tl.zeros([THREADS], tl.float32)
+            row += 1
+            end += A
+        energies += tile.of_threads(energy, COUNT, THREADS, VECTOR)
+        entropies += tile.of_threads(terms, COUNT, THREADS, VECTOR)
 
 
 @triton.jit(do_not_specialize=["seed", "call", "total_rows", "rows"])
@@ -168,39 +217,37 @@ def draw_kernel(
     ADVANCE: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr,
     CUT: tl.constexpr,
 ):  # fmt: skip
-    """Values, scores and entropies of OWN rows; of one row, chunk by chunk, where WIDE."""
+    """Values, scores and entropies of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
     if KIND == _RANDOM:
         seed, call = random.open_state(state, seed, call, HOST)
     if WIDE:
-        begin = program * A
-        # Chunks begin with a group of the noise; where all are whole, the row does.
-        start = begin if A % COUNT == 0 else begin // 4 * 4
-        energies = tl.zeros([COUNT], tl.float32)
-        entropies = tl.zeros([COUNT], tl.float32)
-        for chunk in range(0, tile.span(A, COUNT), COUNT):
-            skip = (begin - start - chunk).to(tl.int32)
-            energy, terms = _draw_tile(
-                loc, scale, low, high, value, lo, hi, clamp_low, clamp_high, clamp_lo, clamp_hi,
-                seed, call, start + chunk, skip, skip + A, rows,
+        UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
+        if A % UNIT == 0 or (program + 1) * OWN < total_rows:
+            _draw_rows(
+                loc, scale, low, high, value, score, entropy, lo, hi,
+                clamp_low, clamp_high, clamp_lo, clamp_hi, seed, call, program, total_rows, rows,
                 loc_row, loc_column, scale_row, scale_column,
                 low_row, low_column, high_row, high_column,
-                A, COUNT, COUNT, LOC, SCALE, LOW, HIGH, KIND, SCORE, ENTROPY, CLAMP, FAST,
-                CUT, A % COUNT == 0,
+                A, COUNT, OWN, LOC, SCALE, LOW, HIGH, KIND, SCORE, ENTROPY, CLAMP, FAST, CUT,
+                UNIT, False,
             )  # fmt: skip
-            energies += energy
-            entropies += terms
-        tn.store_sums(
-            score, entropy, energies, entropies, program, total_rows, rows, 0,
-            A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
-        )  # fmt: skip
+        else:
+            _draw_rows(
+                loc, scale, low, high, value, score, entropy, lo, hi,
+                clamp_low, clamp_high, clamp_lo, clamp_hi, seed, call, program, total_rows, rows,
+                loc_row, loc_column, scale_row, scale_column,
+                low_row, low_column, high_row, high_column,
+                A, COUNT, OWN, LOC, SCALE, LOW, HIGH, KIND, SCORE, ENTROPY, CLAMP, FAST, CUT,
+                UNIT, True,
+            )  # fmt: skip
     else:
         start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy, terms = _draw_tile(
                 loc, scale, low, high, value, lo, hi, clamp_low, clamp_high, clamp_lo, clamp_hi,
-                seed, call, start, 0, tile.kept(lead, TILE, COUNT), rows,
+                seed, call, start, COUNT, tile.kept(lead, TILE, COUNT), rows,
                 loc_row, loc_column, scale_row, scale_column,
                 low_row, low_column, high_row, high_column,
                 A, COUNT, TILE, LOC, SCALE, LOW, HIGH, KIND, SCORE, ENTROPY, CLAMP, FAST,
@@ -211,9 +258,10 @@ def draw_kernel(
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, True,
             )  # fmt: skip
         else:
+            left = tl.minimum(end - start, lead + TILE).to(tl.int32)
             energy, terms = _draw_tile(
                 loc, scale, low, high, value, lo, hi, clamp_low, clamp_high, clamp_lo, clamp_hi,
-                seed, call, start, 0, tl.minimum(end - start, lead + TILE).to(tl.int32), rows,
+                seed, call, start, left, left, rows,
                 loc_row, loc_column, scale_row, scale_column,
                 low_row, low_column, high_row, high_column,
                 A, COUNT, TILE, LOC, SCALE, LOW, HIGH, KIND, SCORE, ENTROPY, CLAMP, FAST,

@@ -276,6 +276,12 @@ def probability(step, COUNT: tl.constexpr, RANDOM: tl.constexpr):
         return middle, middle
 
 
+@triton.constexpr_function
+def each(low, entropy):
+    """Elements that a thread has of a chunk of wide rows."""
+    return 4 if low >= 0 and entropy else 8
+
+
 @triton.jit
 def raw(
     ptr, start, i, inside, other, rows, row_stride, column_stride,

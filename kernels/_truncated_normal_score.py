@@ -83,10 +83,53 @@ def _score_tile(
         mu0, sigma0, least0, most0, x0 = mu1, sigma1, least1, most1, x1
     energies = halves.joined_terms(energy0, energy1, COUNT, CUT)
     entropies = halves.joined_terms(terms0, terms1, COUNT, CUT)
-    if not WHOLE:
-        energies = tl.where(inside, energies, 0.0)
-        entropies = tl.where(inside, entropies, 0.0)
     return energies, entropies
+
+
+@triton.jit
+def _score_rows(
+    loc, scale, low, high, value, score, entropy, lo, hi, program, total_rows, rows,
+    loc_row, loc_column, scale_row, scale_column, low_row, low_column, high_row, high_column,
+    value_row, value_column,
+    A: tl.constexpr, COUNT: tl.constexpr, OWN: tl.constexpr, LOC: tl.constexpr,
+    SCALE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, VALUE: tl.constexpr,
+    SCORE: tl.constexpr, ENTROPY: tl.constexpr, FAST: tl.constexpr, CUT: tl.constexpr,
+    UNIT: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """OWN wide rows chunk by chunk; UNIT and LAST as of `_tile.wide_rows`."""
+    start, skip, last, read, _ = tile.wide_rows(program, total_rows, A, OWN, UNIT, LAST)
+    # See `truncated_normal.forward_form`; on AMD the sums take an exchange.
+    EACH: tl.constexpr = tn.each(LOW, ENTROPY)
+    THREADS: tl.constexpr = COUNT // EACH
+    VECTOR: tl.constexpr = min(UNIT, EACH)
+    i = tl.arange(0, COUNT)
+    energies = tl.zeros([THREADS], tl.float32)
+    entropies = tl.zeros([THREADS], tl.float32)
+    row = program * OWN
+    end = skip + A
+    for chunk in range(0, last, COUNT):
+        energy, terms = _score_tile(
+            loc, scale, low, high, value, lo, hi, start + chunk, read - chunk, rows,
+            loc_row, loc_column, scale_row, scale_column,
+            low_row, low_column, high_row, high_column, value_row, value_column,
+            A, COUNT, LOC, SCALE, LOW, HIGH, VALUE, SCORE, ENTROPY, FAST, CUT, A % COUNT == 0,
+        )  # fmt: skip
+        if chunk < skip:
+            energy = tl.where(i < skip, 0.0, energy)
+            terms = tl.where(i < skip, 0.0, terms)
+        while end <= tl.minimum(chunk + COUNT, last):
+            energies, energy = tile.ended(energies, energy, i, end - chunk, COUNT, THREADS, VECTOR)
+            entropies, terms = tile.ended(entropies, terms, i, end - chunk, COUNT, THREADS, VECTOR)
+            tn.store_sums(
+                score, entropy, energies, entropies, row, total_rows, rows, 0,
+                A, THREADS, 1, 1, False, SCORE, ENTROPY, True,
+            )  # fmt: skip
+            energies = tl.zeros([THREADS], tl.float32)
+            entropies = tl.zeros([THREADS], tl.float32)
+            row += 1
+            end += A
+        energies += tile.of_threads(energy, COUNT, THREADS, VECTOR)
+        entropies += tile.of_threads(terms, COUNT, THREADS, VECTOR)
 
 
 @triton.jit(do_not_specialize=["total_rows", "rows"])
@@ -100,26 +143,26 @@ def score_kernel(
     SCORE: tl.constexpr, ENTROPY: tl.constexpr, FAST: tl.constexpr,
     CUT: tl.constexpr,
 ):  # fmt: skip
-    """Scores of given values, and entropies, of OWN rows; of one row where WIDE."""
+    """Scores of given values, and entropies, of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
     if WIDE:
-        begin = program * A
-        energies = tl.zeros([COUNT], tl.float32)
-        entropies = tl.zeros([COUNT], tl.float32)
-        for chunk in range(0, A, COUNT):
-            energy, terms = _score_tile(
-                loc, scale, low, high, value, lo, hi, begin + chunk, A - chunk, rows,
+        UNIT: tl.constexpr = tile.vector(
+            loc.dtype.element_ty.primitive_bitwidth, value.dtype.element_ty.primitive_bitwidth
+        )
+        if A % UNIT == 0 or (program + 1) * OWN < total_rows:
+            _score_rows(
+                loc, scale, low, high, value, score, entropy, lo, hi, program, total_rows, rows,
                 loc_row, loc_column, scale_row, scale_column,
                 low_row, low_column, high_row, high_column, value_row, value_column,
-                A, COUNT, LOC, SCALE, LOW, HIGH, VALUE, SCORE, ENTROPY, FAST, CUT,
-                A % COUNT == 0,
+                A, COUNT, OWN, LOC, SCALE, LOW, HIGH, VALUE, SCORE, ENTROPY, FAST, CUT, UNIT, False,
             )  # fmt: skip
-            energies += energy
-            entropies += terms
-        tn.store_sums(
-            score, entropy, energies, entropies, program, total_rows, rows, 0,
-            A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
-        )  # fmt: skip
+        else:
+            _score_rows(
+                loc, scale, low, high, value, score, entropy, lo, hi, program, total_rows, rows,
+                loc_row, loc_column, scale_row, scale_column,
+                low_row, low_column, high_row, high_column, value_row, value_column,
+                A, COUNT, OWN, LOC, SCALE, LOW, HIGH, VALUE, SCORE, ENTROPY, FAST, CUT, UNIT, True,
+            )  # fmt: skip
     else:
         start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A

@@ -166,14 +166,18 @@ def mode(given, FROM_PROBS: tl.constexpr):
 
 @triton.jit
 def _draw_tile(
-    given, value, seed, call, start, skip, left, rows, given_row, given_column,
+    given, value, seed, call, start, read, kept, rows, given_row, given_column,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, GIVEN: tl.constexpr,
     FROM_PROBS: tl.constexpr, EPS: tl.constexpr, RANDOM: tl.constexpr, SCORE: tl.constexpr,
     ENTROPY: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the values of one tile; gives their negative scores and entropies, 0 outside."""
+    """Writes the values of one tile; gives their negative scores and entropies.
+
+    Of a tile that is not WHOLE the first `read` elements are drawn; `kept` are stored.
+    """
     i = tl.arange(0, COUNT)
-    inside = (i >= skip) & (i < left)
+    inside = i < read
+    stored = i < kept
     par = tile.load(
         given, start, i, inside, 0.5, rows, given_row, given_column, A, COUNT, GIVEN, WHOLE
     )
@@ -182,7 +186,7 @@ def _draw_tile(
     if RANDOM:
         one = drawn(par, e, uniforms_to_one(seed, call, start, COUNT), FROM_PROBS)
     ones = tl.where(one, 1.0, 0.0)
-    tile.store(value, start, ones, i, inside, COUNT, TILE, WHOLE and TILE % 4 == 0)
+    tile.store(value, start, ones, i, stored, COUNT, TILE, WHOLE and TILE % 4 == 0)
     cost = tl.zeros([COUNT], tl.float32)
     entropy = cost
     if SCORE or ENTROPY:
@@ -193,9 +197,6 @@ def _draw_tile(
                 cost = tl.where(one == likely, hit, miss)
         if ENTROPY:
             entropy = hit + gap * q
-        if not WHOLE:
-            cost = tl.where(inside, cost, 0.0)
-            entropy = tl.where(inside, entropy, 0.0)
     return cost, entropy
 
 
@@ -215,6 +216,46 @@ def _store_sums(
         tile.store_rows(entropy, first, sums, rows, ROWS, OWN, False)
 
 
+@triton.jit
+def _draw_rows(
+    given, value, score, entropy, seed, call, program, total_rows, rows, given_row, given_column,
+    A: tl.constexpr, COUNT: tl.constexpr, OWN: tl.constexpr, GIVEN: tl.constexpr,
+    FROM_PROBS: tl.constexpr, EPS: tl.constexpr, RANDOM: tl.constexpr, SCORE: tl.constexpr,
+    ENTROPY: tl.constexpr, FAST: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """OWN wide rows chunk by chunk; UNIT and LAST as of `_tile.wide_rows`."""
+    THREADS: tl.constexpr = COUNT // 16
+    start, skip, last, read, kept = tile.wide_rows(program, total_rows, A, OWN, UNIT, LAST)
+    i = tl.arange(0, COUNT)
+    costs = tl.zeros([THREADS], tl.float32)
+    terms = tl.zeros([THREADS], tl.float32)
+    row = program * OWN
+    end = skip + A
+    for chunk in range(0, last, COUNT):
+        cost, term = _draw_tile(
+            given, value, seed, call, start + chunk, read - chunk, kept - chunk, rows,
+            given_row, given_column,
+            A, COUNT, COUNT, GIVEN, FROM_PROBS, EPS, RANDOM, SCORE, ENTROPY, FAST,
+            A % COUNT == 0,
+        )  # fmt: skip
+        if chunk < skip:
+            cost = tl.where(i < skip, 0.0, cost)
+            term = tl.where(i < skip, 0.0, term)
+        while end <= tl.minimum(chunk + COUNT, last):
+            costs, cost = tile.ended(costs, cost, i, end - chunk, COUNT, THREADS, UNIT)
+            terms, term = tile.ended(terms, term, i, end - chunk, COUNT, THREADS, UNIT)
+            _store_sums(
+                score, entropy, costs, terms, row, total_rows, rows, 0,
+                A, THREADS, 1, 1, False, SCORE, ENTROPY, True,
+            )  # fmt: skip
+            costs = tl.zeros([THREADS], tl.float32)
+            terms = tl.zeros([THREADS], tl.float32)
+            row += 1
+            end += A
+        costs += tile.of_threads(cost, COUNT, THREADS, UNIT)
+        terms += tile.of_threads(term, COUNT, THREADS, UNIT)
+
+
 @triton.jit(do_not_specialize=["seed", "call", "total_rows", "rows"])
 def draw_kernel(
     given, value, score, entropy, state, used, ticket, seed, call, total_rows, rows,
@@ -225,37 +266,31 @@ def draw_kernel(
     ENTROPY: tl.constexpr, HOST: tl.constexpr, ADVANCE: tl.constexpr, KEEP: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """Values, scores and entropies of OWN rows; of one row, chunk by chunk, where WIDE."""
+    """Values, scores and entropies of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
     if RANDOM:
         seed, call = random.open_state(state, seed, call, HOST)
     if WIDE:
-        begin = program * A
-        # Chunks begin with a group of the noise; where all are whole, the row does.
-        start = begin if A % COUNT == 0 else begin // 4 * 4
-        costs = tl.zeros([COUNT], tl.float32)
-        terms = tl.zeros([COUNT], tl.float32)
-        for chunk in range(0, tile.span(A, COUNT), COUNT):
-            skip = (begin - start - chunk).to(tl.int32)
-            cost, term = _draw_tile(
-                given, value, seed, call, start + chunk, skip, skip + A, rows,
+        UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
+        if A % UNIT == 0 or (program + 1) * OWN < total_rows:
+            _draw_rows(
+                given, value, score, entropy, seed, call, program, total_rows, rows,
                 given_row, given_column,
-                A, COUNT, COUNT, GIVEN, FROM_PROBS, EPS, RANDOM, SCORE, ENTROPY, FAST,
-                A % COUNT == 0,
+                A, COUNT, OWN, GIVEN, FROM_PROBS, EPS, RANDOM, SCORE, ENTROPY, FAST, UNIT, False,
             )  # fmt: skip
-            costs += cost
-            terms += term
-        _store_sums(
-            score, entropy, costs, terms, program, total_rows, rows, 0,
-            A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
-        )  # fmt: skip
+        else:
+            _draw_rows(
+                given, value, score, entropy, seed, call, program, total_rows, rows,
+                given_row, given_column,
+                A, COUNT, OWN, GIVEN, FROM_PROBS, EPS, RANDOM, SCORE, ENTROPY, FAST, UNIT, True,
+            )  # fmt: skip
     else:
         first = program * OWN
         start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             cost, term = _draw_tile(
-                given, value, seed, call, start, 0, tile.kept(lead, TILE, COUNT), rows,
+                given, value, seed, call, start, COUNT, tile.kept(lead, TILE, COUNT), rows,
                 given_row, given_column,
                 A, COUNT, TILE, GIVEN, FROM_PROBS, EPS, RANDOM, SCORE, ENTROPY, FAST, True,
             )  # fmt: skip
@@ -264,10 +299,9 @@ def draw_kernel(
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, True,
             )  # fmt: skip
         else:
+            left = tl.minimum(end - start, lead + TILE).to(tl.int32)
             cost, term = _draw_tile(
-                given, value, seed, call, start, 0,
-                tl.minimum(end - start, lead + TILE).to(tl.int32),
-                rows, given_row, given_column,
+                given, value, seed, call, start, left, left, rows, given_row, given_column,
                 A, COUNT, TILE, GIVEN, FROM_PROBS, EPS, RANDOM, SCORE, ENTROPY, FAST, False,
             )  # fmt: skip
             _store_sums(
@@ -280,13 +314,13 @@ def draw_kernel(
 
 @triton.jit
 def _score_tile(
-    given, value, start, skip, left, rows, given_row, given_column, value_row, value_column,
+    given, value, start, read, rows, given_row, given_column, value_row, value_column,
     A: tl.constexpr, COUNT: tl.constexpr, GIVEN: tl.constexpr, VALUE: tl.constexpr,
     FROM_PROBS: tl.constexpr, EPS: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr,
     FAST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, COUNT)
-    inside = (i >= skip) & (i < left)
+    inside = i < read
     par = tile.load(
         given, start, i, inside, 0.5, rows, given_row, given_column, A, COUNT, GIVEN, WHOLE
     )
@@ -302,10 +336,47 @@ def _score_tile(
     entropy = hit
     if ENTROPY:
         entropy = hit + gap * q
-    if not WHOLE:
-        cost = tl.where(inside, cost, 0.0)
-        entropy = tl.where(inside, entropy, 0.0)
     return cost, entropy
+
+
+@triton.jit
+def _score_rows(
+    given, value, score, entropy, program, total_rows, rows,
+    given_row, given_column, value_row, value_column,
+    A: tl.constexpr, COUNT: tl.constexpr, OWN: tl.constexpr, GIVEN: tl.constexpr,
+    VALUE: tl.constexpr, FROM_PROBS: tl.constexpr, EPS: tl.constexpr, SCORE: tl.constexpr,
+    ENTROPY: tl.constexpr, FAST: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """The scores and entropies of wide rows, as in `_draw_rows`."""
+    THREADS: tl.constexpr = COUNT // 16
+    start, skip, last, read, _ = tile.wide_rows(program, total_rows, A, OWN, UNIT, LAST)
+    i = tl.arange(0, COUNT)
+    costs = tl.zeros([THREADS], tl.float32)
+    terms = tl.zeros([THREADS], tl.float32)
+    row = program * OWN
+    end = skip + A
+    for chunk in range(0, last, COUNT):
+        cost, term = _score_tile(
+            given, value, start + chunk, read - chunk, rows,
+            given_row, given_column, value_row, value_column,
+            A, COUNT, GIVEN, VALUE, FROM_PROBS, EPS, SCORE, ENTROPY, FAST, A % COUNT == 0,
+        )  # fmt: skip
+        if chunk < skip:
+            cost = tl.where(i < skip, 0.0, cost)
+            term = tl.where(i < skip, 0.0, term)
+        while end <= tl.minimum(chunk + COUNT, last):
+            costs, cost = tile.ended(costs, cost, i, end - chunk, COUNT, THREADS, UNIT)
+            terms, term = tile.ended(terms, term, i, end - chunk, COUNT, THREADS, UNIT)
+            _store_sums(
+                score, entropy, costs, terms, row, total_rows, rows, 0,
+                A, THREADS, 1, 1, False, SCORE, ENTROPY, True,
+            )  # fmt: skip
+            costs = tl.zeros([THREADS], tl.float32)
+            terms = tl.zeros([THREADS], tl.float32)
+            row += 1
+            end += A
+        costs += tile.of_threads(cost, COUNT, THREADS, UNIT)
+        terms += tile.of_threads(term, COUNT, THREADS, UNIT)
 
 
 @triton.jit(do_not_specialize=["total_rows", "rows"])
@@ -317,30 +388,30 @@ def score_kernel(
     VALUE: tl.constexpr, FROM_PROBS: tl.constexpr, EPS: tl.constexpr, SCORE: tl.constexpr,
     ENTROPY: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Scores of given values, and entropies, of OWN rows; of one row where WIDE."""
+    """Scores of given values, and entropies, of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
     if WIDE:
-        begin = program * A
-        costs = tl.zeros([COUNT], tl.float32)
-        terms = tl.zeros([COUNT], tl.float32)
-        for chunk in range(0, A, COUNT):
-            cost, term = _score_tile(
-                given, value, begin + chunk, 0, A - chunk, rows,
+        UNIT: tl.constexpr = tile.vector(
+            given.dtype.element_ty.primitive_bitwidth, value.dtype.element_ty.primitive_bitwidth
+        )
+        if A % UNIT == 0 or (program + 1) * OWN < total_rows:
+            _score_rows(
+                given, value, score, entropy, program, total_rows, rows,
                 given_row, given_column, value_row, value_column,
-                A, COUNT, GIVEN, VALUE, FROM_PROBS, EPS, SCORE, ENTROPY, FAST, A % COUNT == 0,
+                A, COUNT, OWN, GIVEN, VALUE, FROM_PROBS, EPS, SCORE, ENTROPY, FAST, UNIT, False,
             )  # fmt: skip
-            costs += cost
-            terms += term
-        _store_sums(
-            score, entropy, costs, terms, program, total_rows, rows, 0,
-            A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
-        )  # fmt: skip
+        else:
+            _score_rows(
+                given, value, score, entropy, program, total_rows, rows,
+                given_row, given_column, value_row, value_column,
+                A, COUNT, OWN, GIVEN, VALUE, FROM_PROBS, EPS, SCORE, ENTROPY, FAST, UNIT, True,
+            )  # fmt: skip
     else:
         start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             cost, term = _score_tile(
-                given, value, start, 0, COUNT, rows,
+                given, value, start, COUNT, rows,
                 given_row, given_column, value_row, value_column,
                 A, COUNT, GIVEN, VALUE, FROM_PROBS, EPS, SCORE, ENTROPY, FAST, True,
             )  # fmt: skip
@@ -350,7 +421,7 @@ def score_kernel(
             )  # fmt: skip
         else:
             cost, term = _score_tile(
-                given, value, start, 0, tl.minimum(end - start, lead + TILE).to(tl.int32), rows,
+                given, value, start, tl.minimum(end - start, lead + TILE).to(tl.int32), rows,
                 given_row, given_column, value_row, value_column,
                 A, COUNT, GIVEN, VALUE, FROM_PROBS, EPS, SCORE, ENTROPY, FAST, False,
             )  # fmt: skip
@@ -495,7 +566,7 @@ def draw(
         return value, scores, entropies, used if used is None else used.zero_()
     par = parameter(given, ndims, bool(shape))
     source = state or NO_STATE
-    grid = forward_grid(total // a, a, True)
+    grid = forward_grid(total // a, a)
     with launching(given):
         draw_kernel[(grid.programs,)](
             par.tensor, value, scores, entropies,
@@ -547,7 +618,7 @@ def score(
         return scores, entropies
     par = parameter(given, ndims, bool(shape))
     scored = par if value is None else parameter(value, ndims, False)
-    grid = forward_grid(total_rows, a, True)
+    grid = forward_grid(total_rows, a)
     with launching(given):
         score_kernel[(grid.programs,)](
             par.tensor, scored.tensor, scores, entropies, total_rows, rows,

@@ -79,7 +79,7 @@ SINGLE = (256, 1)
 # A = 17 takes 543 issue slots an element in place of 310.
 SIZES = ((512, 2), (1024, 4), (2048, 8))
 # Larger A go in chunks, which leave less empty than whole rows of a gather, a multiple of 4: a draw
-# at A = 171 takes 305 issue slots an element in place of 423.
+# at A = 171 takes 323 issue slots an element in place of 423.
 GATHERED = 64
 
 
@@ -92,8 +92,8 @@ def tiling(rows: int, a: int) -> Grid:
         return Grid(-(-rows // own), count, count, own, own, False, False, warps)
     if a > GATHERED:
         return wide_grid(rows, a, count, warps)
-    # Whole rows, a multiple of 4 for whole vectors. The smallest tile that is at least seven eighths
-    # full, or the fullest.
+    # Whole rows, a multiple of 4 for whole vectors. The smallest tile that is at least seven
+    # eighths full, or the fullest.
     fitting = [(c, w, c // a // 4 * 4) for c, w in SIZES if a * 4 <= c]
     full = [s for s in fitting if s[2] * a * 8 >= s[0] * 7]
     count, warps, own = full[0] if full else max(fitting, key=lambda s: s[2] * a / s[0])
@@ -423,19 +423,19 @@ def _store_sums(
 @triton.jit
 def _draw_rows(
     conc1, conc0, value, score, entropy, drawn_value, low, high, lo, hi, seed, call,
-    first, start, skip, last, read, kept, total_rows, rows,
-    conc1_row, conc1_column, conc0_row, conc0_column,
-    A: tl.constexpr, COUNT: tl.constexpr, CONC1: tl.constexpr, CONC0: tl.constexpr,
-    KIND: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, SCORE: tl.constexpr,
-    ENTROPY: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr,
+    program, total_rows, rows, conc1_row, conc1_column, conc0_row, conc0_column,
+    A: tl.constexpr, COUNT: tl.constexpr, OWN: tl.constexpr, CONC1: tl.constexpr,
+    CONC0: tl.constexpr, KIND: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
+    SCORE: tl.constexpr, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr,
+    FAST: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
-    """Wide rows chunk by chunk; bounds as of `_tile.vectors_of_rows`."""
-    UNIT: tl.constexpr = 128 // value.dtype.element_ty.primitive_bitwidth
+    """OWN wide rows chunk by chunk; UNIT and LAST as of `_tile.wide_rows`."""
     THREADS: tl.constexpr = COUNT // 8
+    start, skip, last, read, kept = tile.wide_rows(program, total_rows, A, OWN, UNIT, LAST)
     i = tl.arange(0, COUNT)
     scores = tl.zeros([THREADS], tl.float32)
     entropies = tl.zeros([THREADS], tl.float32)
-    row = first
+    row = program * OWN
     end = skip + A
     for chunk in range(0, last, COUNT):
         terms, more = _draw_tile(
@@ -449,17 +449,14 @@ def _draw_rows(
             terms = tl.where(i < skip, 0.0, terms)
             more = tl.where(i < skip, 0.0, more)
         while end <= tl.minimum(chunk + COUNT, last):
-            its = i < end - chunk
-            scores += tile.of_threads(tl.where(its, terms, 0.0), COUNT, THREADS, UNIT)
-            entropies += tile.of_threads(tl.where(its, more, 0.0), COUNT, THREADS, UNIT)
+            scores, terms = tile.ended(scores, terms, i, end - chunk, COUNT, THREADS, UNIT)
+            entropies, more = tile.ended(entropies, more, i, end - chunk, COUNT, THREADS, UNIT)
             _store_sums(
                 score, entropy, scores, entropies, row, total_rows, rows,
                 A, THREADS, 1, 1, False, SCORE, ENTROPY, True,
             )  # fmt: skip
             scores = tl.zeros([THREADS], tl.float32)
             entropies = tl.zeros([THREADS], tl.float32)
-            terms = tl.where(its, 0.0, terms)
-            more = tl.where(its, 0.0, more)
             row += 1
             end += A
         scores += tile.of_threads(terms, COUNT, THREADS, UNIT)
@@ -482,32 +479,20 @@ def draw_kernel(
     if KIND == _RANDOM:
         seed, call = random.open_state(state, seed, call, HOST)
     if WIDE:
-        UNIT: tl.constexpr = 128 // value.dtype.element_ty.primitive_bitwidth
-        first = program * OWN
-        start, skip, last, read, kept = tile.vectors_of_rows(program, OWN * A, UNIT)
-        left = total_rows - first
-        if A % UNIT == 0:
-            last = tl.minimum(left, OWN).to(tl.int32) * A
+        UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
+        if A % UNIT == 0 or (program + 1) * OWN < total_rows:
             _draw_rows(
                 conc1, conc0, value, score, entropy, drawn_value, low, high, lo, hi, seed, call,
-                first, start, skip, last, last, last, total_rows, rows,
-                conc1_row, conc1_column, conc0_row, conc0_column,
-                A, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
-            )  # fmt: skip
-        elif left > OWN:
-            _draw_rows(
-                conc1, conc0, value, score, entropy, drawn_value, low, high, lo, hi, seed, call,
-                first, start, skip, last, read, kept, total_rows, rows,
-                conc1_row, conc1_column, conc0_row, conc0_column,
-                A, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
+                program, total_rows, rows, conc1_row, conc1_column, conc0_row, conc0_column,
+                A, COUNT, OWN, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
+                UNIT, False,
             )  # fmt: skip
         else:
-            last = skip + left.to(tl.int32) * A
             _draw_rows(
                 conc1, conc0, value, score, entropy, drawn_value, low, high, lo, hi, seed, call,
-                first, start, skip, last, last, last, total_rows, rows,
-                conc1_row, conc1_column, conc0_row, conc0_column,
-                A, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
+                program, total_rows, rows, conc1_row, conc1_column, conc0_row, conc0_column,
+                A, COUNT, OWN, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
+                UNIT, True,
             )  # fmt: skip
     else:
         start = program * TILE
@@ -571,18 +556,19 @@ def _score_tile(
 
 @triton.jit
 def _score_rows(
-    conc1, conc0, value, score, entropy, first, start, skip, last, read, total_rows, rows,
+    conc1, conc0, value, score, entropy, program, total_rows, rows,
     conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
-    A: tl.constexpr, COUNT: tl.constexpr, CONC1: tl.constexpr, CONC0: tl.constexpr,
-    VALUE: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr, FAST: tl.constexpr,
+    A: tl.constexpr, COUNT: tl.constexpr, OWN: tl.constexpr, CONC1: tl.constexpr,
+    CONC0: tl.constexpr, VALUE: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr,
+    FAST: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """The scores and entropies of wide rows, as in `_draw_rows`."""
-    UNIT: tl.constexpr = 128 // value.dtype.element_ty.primitive_bitwidth
     THREADS: tl.constexpr = COUNT // 8
+    start, skip, last, read, _ = tile.wide_rows(program, total_rows, A, OWN, UNIT, LAST)
     i = tl.arange(0, COUNT)
     scores = tl.zeros([THREADS], tl.float32)
     entropies = tl.zeros([THREADS], tl.float32)
-    row = first
+    row = program * OWN
     end = skip + A
     for chunk in range(0, last, COUNT):
         terms, more = _score_tile(
@@ -594,17 +580,14 @@ def _score_rows(
             terms = tl.where(i < skip, 0.0, terms)
             more = tl.where(i < skip, 0.0, more)
         while end <= tl.minimum(chunk + COUNT, last):
-            its = i < end - chunk
-            scores += tile.of_threads(tl.where(its, terms, 0.0), COUNT, THREADS, UNIT)
-            entropies += tile.of_threads(tl.where(its, more, 0.0), COUNT, THREADS, UNIT)
+            scores, terms = tile.ended(scores, terms, i, end - chunk, COUNT, THREADS, UNIT)
+            entropies, more = tile.ended(entropies, more, i, end - chunk, COUNT, THREADS, UNIT)
             _store_sums(
                 score, entropy, scores, entropies, row, total_rows, rows,
                 A, THREADS, 1, 1, False, SCORE, ENTROPY, True,
             )  # fmt: skip
             scores = tl.zeros([THREADS], tl.float32)
             entropies = tl.zeros([THREADS], tl.float32)
-            terms = tl.where(its, 0.0, terms)
-            more = tl.where(its, 0.0, more)
             row += 1
             end += A
         scores += tile.of_threads(terms, COUNT, THREADS, UNIT)
@@ -623,34 +606,20 @@ def score_kernel(
     """Scores of given values, and entropies, of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
     if WIDE:
-        UNIT: tl.constexpr = 128 // min(
+        UNIT: tl.constexpr = tile.vector(
             conc1.dtype.element_ty.primitive_bitwidth, value.dtype.element_ty.primitive_bitwidth
         )
-        first = program * OWN
-        start, skip, last, read, _ = tile.vectors_of_rows(program, OWN * A, UNIT)
-        left = total_rows - first
-        if A % UNIT == 0:
-            last = tl.minimum(left, OWN).to(tl.int32) * A
+        if A % UNIT == 0 or (program + 1) * OWN < total_rows:
             _score_rows(
-                conc1, conc0, value, score, entropy, first, start, skip, last, last,
-                total_rows, rows,
+                conc1, conc0, value, score, entropy, program, total_rows, rows,
                 conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
-                A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST,
-            )  # fmt: skip
-        elif left > OWN:
-            _score_rows(
-                conc1, conc0, value, score, entropy, first, start, skip, last, read,
-                total_rows, rows,
-                conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
-                A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST,
+                A, COUNT, OWN, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST, UNIT, False,
             )  # fmt: skip
         else:
-            last = skip + left.to(tl.int32) * A
             _score_rows(
-                conc1, conc0, value, score, entropy, first, start, skip, last, last,
-                total_rows, rows,
+                conc1, conc0, value, score, entropy, program, total_rows, rows,
                 conc1_row, conc1_column, conc0_row, conc0_column, value_row, value_column,
-                A, COUNT, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST,
+                A, COUNT, OWN, CONC1, CONC0, VALUE, SCORE, ENTROPY, FAST, UNIT, True,
             )  # fmt: skip
     else:
         start = program * TILE

@@ -51,15 +51,19 @@ from fastprob.kernels._scale import positive, slope
 
 @triton.jit
 def _draw_tile(
-    loc, scale, value, mapped, low, high, lo, hi, bias, least, floor, seed, call, start, skip,
-    left, rows, loc_row, loc_column, scale_row, scale_column,
+    loc, scale, value, mapped, low, high, lo, hi, bias, least, floor, seed, call, start, read,
+    kept, rows, loc_row, loc_column, scale_row, scale_column,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, LOC: tl.constexpr,
     SCALE: tl.constexpr, RANDOM: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr,
     CLAMP: tl.constexpr, MAP: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the values of one tile; gives z^2 / 2 + log(scale) and log(scale), 0 outside."""
+    """Writes the values of one tile; gives z^2 / 2 + log(scale) and log(scale).
+
+    Of a tile that is not WHOLE the first `read` elements are drawn; `kept` are stored.
+    """
     i = tl.arange(0, COUNT)
-    inside = (i >= skip) & (i < left)
+    inside = i < read
+    stored = i < kept
     mu = tile.load(loc, start, i, inside, 0.0, rows, loc_row, loc_column, A, COUNT, LOC, WHOLE)
     sigma = tile.load(
         scale, start, i, inside, 1.0, rows, scale_row, scale_column, A, COUNT, SCALE, WHOLE
@@ -68,7 +72,7 @@ def _draw_tile(
         sigma = positive(sigma, bias, least, floor, MAP, FAST)
         # Several samples have one scale, which the first of them writes.
         tile.store_first(
-            mapped, start, sigma, i, inside, rows,
+            mapped, start, sigma, i, stored, rows,
             A, COUNT, TILE, WHOLE and TILE % 4 == 0, SCALE % 2 == 1,
         )  # fmt: skip
         if not WHOLE:
@@ -81,15 +85,13 @@ def _draw_tile(
     if CLAMP:
         least, most = tile.bounds(low, high, lo, hi, start, i, A, COUNT, CLAMP)
         x = tile.clamp(x, least, most)
-    tile.store(value, start, x, i, inside, COUNT, TILE, WHOLE and TILE % 4 == 0)
+    tile.store(value, start, x, i, stored, COUNT, TILE, WHOLE and TILE % 4 == 0)
     log_sigma = z
     if SCORE or ENTROPY:
         log_sigma = m.log(sigma, FAST)
     energy = log_sigma
     if RANDOM and SCORE:
         energy = log_sigma + z * z * 0.5
-        if not WHOLE:
-            energy = tl.where(inside, energy, 0.0)
     return energy, log_sigma
 
 
@@ -109,6 +111,49 @@ def _store_sums(
         tile.store_rows(entropy, first, sums + A * (0.5 + m.HALF_LOG_2PI), rows, ROWS, OWN, False)
 
 
+@triton.jit
+def _draw_rows(
+    loc, scale, value, score, entropy, mapped, low, high, lo, hi, bias, least, floor, seed, call,
+    program, total_rows, rows, loc_row, loc_column, scale_row, scale_column,
+    A: tl.constexpr, COUNT: tl.constexpr, OWN: tl.constexpr, LOC: tl.constexpr,
+    SCALE: tl.constexpr, RANDOM: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr,
+    CLAMP: tl.constexpr, MAP: tl.constexpr, FAST: tl.constexpr, UNIT: tl.constexpr,
+    LAST: tl.constexpr,
+):  # fmt: skip
+    """OWN wide rows chunk by chunk; UNIT and LAST as of `_tile.wide_rows`."""
+    THREADS: tl.constexpr = COUNT // 16
+    start, skip, last, read, kept = tile.wide_rows(program, total_rows, A, OWN, UNIT, LAST)
+    i = tl.arange(0, COUNT)
+    energies = tl.zeros([THREADS], tl.float32)
+    logs = tl.zeros([THREADS], tl.float32)
+    row = program * OWN
+    end = skip + A
+    for chunk in range(0, last, COUNT):
+        energy, log_sigma = _draw_tile(
+            loc, scale, value, mapped, low, high, lo, hi, bias, least, floor, seed, call,
+            start + chunk, read - chunk, kept - chunk, rows,
+            loc_row, loc_column, scale_row, scale_column,
+            A, COUNT, COUNT, LOC, SCALE, RANDOM, SCORE, ENTROPY, CLAMP, MAP, FAST,
+            A % COUNT == 0,
+        )  # fmt: skip
+        if chunk < skip:
+            energy = tl.where(i < skip, 0.0, energy)
+            log_sigma = tl.where(i < skip, 0.0, log_sigma)
+        while end <= tl.minimum(chunk + COUNT, last):
+            energies, energy = tile.ended(energies, energy, i, end - chunk, COUNT, THREADS, UNIT)
+            logs, log_sigma = tile.ended(logs, log_sigma, i, end - chunk, COUNT, THREADS, UNIT)
+            _store_sums(
+                score, entropy, energies, logs, row, total_rows, rows, 0,
+                A, THREADS, 1, 1, False, SCORE, ENTROPY, True,
+            )  # fmt: skip
+            energies = tl.zeros([THREADS], tl.float32)
+            logs = tl.zeros([THREADS], tl.float32)
+            row += 1
+            end += A
+        energies += tile.of_threads(energy, COUNT, THREADS, UNIT)
+        logs += tile.of_threads(log_sigma, COUNT, THREADS, UNIT)
+
+
 @triton.jit(do_not_specialize=["seed", "call", "total_rows", "rows"])
 def draw_kernel(
     loc, scale, value, score, entropy, mapped, low, high, lo, hi, bias, least, floor,
@@ -119,31 +164,26 @@ def draw_kernel(
     CLAMP: tl.constexpr, MAP: tl.constexpr, HOST: tl.constexpr, ADVANCE: tl.constexpr,
     KEEP: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Values, scores and entropies of OWN rows; of one row, chunk by chunk, where WIDE."""
+    """Values, scores and entropies of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
     if RANDOM:
         seed, call = random.open_state(state, seed, call, HOST)
     if WIDE:
-        begin = program * A
-        # Chunks begin with a group of the noise; where all are whole, the row does.
-        start = begin if A % COUNT == 0 else begin // 4 * 4
-        energies = tl.zeros([COUNT], tl.float32)
-        logs = tl.zeros([COUNT], tl.float32)
-        for chunk in range(0, tile.span(A, COUNT), COUNT):
-            skip = (begin - start - chunk).to(tl.int32)
-            energy, log_sigma = _draw_tile(
-                loc, scale, value, mapped, low, high, lo, hi, bias, least, floor, seed, call,
-                start + chunk, skip, skip + A,
-                rows, loc_row, loc_column, scale_row, scale_column,
-                A, COUNT, COUNT, LOC, SCALE, RANDOM, SCORE, ENTROPY, CLAMP, MAP, FAST,
-                A % COUNT == 0,
+        UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
+        if A % UNIT == 0 or (program + 1) * OWN < total_rows:
+            _draw_rows(
+                loc, scale, value, score, entropy, mapped, low, high, lo, hi, bias, least, floor,
+                seed, call, program, total_rows, rows,
+                loc_row, loc_column, scale_row, scale_column,
+                A, COUNT, OWN, LOC, SCALE, RANDOM, SCORE, ENTROPY, CLAMP, MAP, FAST, UNIT, False,
             )  # fmt: skip
-            energies += energy
-            logs += log_sigma
-        _store_sums(
-            score, entropy, energies, logs, program, total_rows, rows, 0,
-            A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
-        )  # fmt: skip
+        else:
+            _draw_rows(
+                loc, scale, value, score, entropy, mapped, low, high, lo, hi, bias, least, floor,
+                seed, call, program, total_rows, rows,
+                loc_row, loc_column, scale_row, scale_column,
+                A, COUNT, OWN, LOC, SCALE, RANDOM, SCORE, ENTROPY, CLAMP, MAP, FAST, UNIT, True,
+            )  # fmt: skip
     else:
         first = program * OWN
         start, lead = tile.begin(program, TILE)
@@ -151,7 +191,7 @@ def draw_kernel(
         if start + COUNT <= end:
             energy, log_sigma = _draw_tile(
                 loc, scale, value, mapped, low, high, lo, hi, bias, least, floor, seed, call,
-                start, 0, tile.kept(lead, TILE, COUNT), rows,
+                start, COUNT, tile.kept(lead, TILE, COUNT), rows,
                 loc_row, loc_column, scale_row, scale_column,
                 A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, ENTROPY, CLAMP, MAP, FAST,
                 True,
@@ -161,9 +201,10 @@ def draw_kernel(
                 A, COUNT, ROWS, OWN, GATHER, SCORE, ENTROPY, True,
             )  # fmt: skip
         else:
+            left = tl.minimum(end - start, lead + TILE).to(tl.int32)
             energy, log_sigma = _draw_tile(
                 loc, scale, value, mapped, low, high, lo, hi, bias, least, floor, seed, call,
-                start, 0, tl.minimum(end - start, lead + TILE).to(tl.int32), rows,
+                start, left, left, rows,
                 loc_row, loc_column, scale_row, scale_column,
                 A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, ENTROPY, CLAMP, MAP, FAST,
                 False,
@@ -271,13 +312,13 @@ def draw_backward_kernel(
 
 @triton.jit
 def _score_tile(
-    loc, scale, value, start, skip, left, rows, loc_row, loc_column, scale_row, scale_column,
+    loc, scale, value, start, read, rows, loc_row, loc_column, scale_row, scale_column,
     value_row, value_column,
     A: tl.constexpr, COUNT: tl.constexpr, LOC: tl.constexpr, SCALE: tl.constexpr,
     VALUE: tl.constexpr, SCORE: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, COUNT)
-    inside = (i >= skip) & (i < left)
+    inside = i < read
     sigma = tile.load(
         scale, start, i, inside, 1.0, rows, scale_row, scale_column, A, COUNT, SCALE, WHOLE
     )
@@ -293,6 +334,46 @@ def _score_tile(
     return energy, log_sigma
 
 
+@triton.jit
+def _score_rows(
+    loc, scale, value, score, entropy, program, total_rows, rows,
+    loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+    A: tl.constexpr, COUNT: tl.constexpr, OWN: tl.constexpr, LOC: tl.constexpr,
+    SCALE: tl.constexpr, VALUE: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr,
+    FAST: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """The scores and entropies of wide rows, as in `_draw_rows`."""
+    THREADS: tl.constexpr = COUNT // 16
+    start, skip, last, read, _ = tile.wide_rows(program, total_rows, A, OWN, UNIT, LAST)
+    i = tl.arange(0, COUNT)
+    energies = tl.zeros([THREADS], tl.float32)
+    logs = tl.zeros([THREADS], tl.float32)
+    row = program * OWN
+    end = skip + A
+    for chunk in range(0, last, COUNT):
+        energy, log_sigma = _score_tile(
+            loc, scale, value, start + chunk, read - chunk, rows,
+            loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+            A, COUNT, LOC, SCALE, VALUE, SCORE, FAST, A % COUNT == 0,
+        )  # fmt: skip
+        if chunk < skip:
+            energy = tl.where(i < skip, 0.0, energy)
+            log_sigma = tl.where(i < skip, 0.0, log_sigma)
+        while end <= tl.minimum(chunk + COUNT, last):
+            energies, energy = tile.ended(energies, energy, i, end - chunk, COUNT, THREADS, UNIT)
+            logs, log_sigma = tile.ended(logs, log_sigma, i, end - chunk, COUNT, THREADS, UNIT)
+            _store_sums(
+                score, entropy, energies, logs, row, total_rows, rows, 0,
+                A, THREADS, 1, 1, False, SCORE, ENTROPY, True,
+            )  # fmt: skip
+            energies = tl.zeros([THREADS], tl.float32)
+            logs = tl.zeros([THREADS], tl.float32)
+            row += 1
+            end += A
+        energies += tile.of_threads(energy, COUNT, THREADS, UNIT)
+        logs += tile.of_threads(log_sigma, COUNT, THREADS, UNIT)
+
+
 @triton.jit(do_not_specialize=["total_rows", "rows"])
 def score_kernel(
     loc, scale, value, score, entropy, total_rows, rows,
@@ -302,30 +383,30 @@ def score_kernel(
     SCALE: tl.constexpr, VALUE: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """Scores of given values, and entropies, of OWN rows; of one row where WIDE."""
+    """Scores of given values, and entropies, of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
     if WIDE:
-        begin = program * A
-        energies = tl.zeros([COUNT], tl.float32)
-        logs = tl.zeros([COUNT], tl.float32)
-        for chunk in range(0, A, COUNT):
-            energy, log_sigma = _score_tile(
-                loc, scale, value, begin + chunk, 0, A - chunk, rows,
+        UNIT: tl.constexpr = tile.vector(
+            loc.dtype.element_ty.primitive_bitwidth, value.dtype.element_ty.primitive_bitwidth
+        )
+        if A % UNIT == 0 or (program + 1) * OWN < total_rows:
+            _score_rows(
+                loc, scale, value, score, entropy, program, total_rows, rows,
                 loc_row, loc_column, scale_row, scale_column, value_row, value_column,
-                A, COUNT, LOC, SCALE, VALUE, SCORE, FAST, A % COUNT == 0,
+                A, COUNT, OWN, LOC, SCALE, VALUE, SCORE, ENTROPY, FAST, UNIT, False,
             )  # fmt: skip
-            energies += energy
-            logs += log_sigma
-        _store_sums(
-            score, entropy, energies, logs, program, total_rows, rows, 0,
-            A, COUNT, 1, 1, False, SCORE, ENTROPY, True,
-        )  # fmt: skip
+        else:
+            _score_rows(
+                loc, scale, value, score, entropy, program, total_rows, rows,
+                loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+                A, COUNT, OWN, LOC, SCALE, VALUE, SCORE, ENTROPY, FAST, UNIT, True,
+            )  # fmt: skip
     else:
         start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy, log_sigma = _score_tile(
-                loc, scale, value, start, 0, COUNT, rows,
+                loc, scale, value, start, COUNT, rows,
                 loc_row, loc_column, scale_row, scale_column, value_row, value_column,
                 A, COUNT, LOC, SCALE, VALUE, SCORE, FAST, True,
             )  # fmt: skip
@@ -335,7 +416,7 @@ def score_kernel(
             )  # fmt: skip
         else:
             energy, log_sigma = _score_tile(
-                loc, scale, value, start, 0,
+                loc, scale, value, start,
                 tl.minimum(end - start, lead + TILE).to(tl.int32), rows,
                 loc_row, loc_column, scale_row, scale_column, value_row, value_column,
                 A, COUNT, LOC, SCALE, VALUE, SCORE, FAST, False,
@@ -457,7 +538,7 @@ def draw(
     sigma = parameter(scale, ndims, bool(shape))
     kind, lo, hi, low, high = bounds_of(clamp)
     source = state or NO_STATE
-    grid = forward_grid(total_rows, a, True)
+    grid = forward_grid(total_rows, a)
     with launching(loc):
         draw_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, value, scores, entropies, mapped, low, high, lo, hi,
@@ -580,7 +661,7 @@ def score(
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
     given = mu if value is None else parameter(value, ndims, False)
-    grid = forward_grid(total_rows, a, True)
+    grid = forward_grid(total_rows, a)
     with launching(loc):
         score_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, given.tensor, scores, entropies, total_rows, rows,

@@ -102,16 +102,20 @@ def _span(bounds: Any) -> tuple[int, Any, Any, Any, Any, Any]:
 @triton.jit
 def _draw_tile(
     loc, scale, value, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
-    bias, least, floor, seed, call, start, skip, left,
+    bias, least, floor, seed, call, start, read, kept,
     rows, loc_row, loc_column, scale_row, scale_column,
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, LOC: tl.constexpr,
     SCALE: tl.constexpr, KIND: tl.constexpr, SCORE: tl.constexpr, SPAN: tl.constexpr,
     LIMIT: tl.constexpr, CLAMP: tl.constexpr, MAP: tl.constexpr, FAST: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the values of one tile; gives minus their scores over log(2), 0 outside."""
+    """Writes the values of one tile; gives minus their scores over log(2).
+
+    Of a tile that is not WHOLE the first `read` elements are drawn; `kept` are stored.
+    """
     i = tl.arange(0, COUNT)
-    inside = (i >= skip) & (i < left)
+    inside = i < read
+    stored = i < kept
     mu = tile.load(loc, start, i, inside, 0.0, rows, loc_row, loc_column, A, COUNT, LOC, WHOLE)
     sigma = mu
     if KIND != _MEDIAN or SCORE or MAP:
@@ -122,7 +126,7 @@ def _draw_tile(
         sigma = positive(sigma, bias, least, floor, MAP, FAST)
         # Several samples have one scale, which the first of them writes.
         tile.store_first(
-            mapped, start, sigma, i, inside, rows,
+            mapped, start, sigma, i, stored, rows,
             A, COUNT, TILE, WHOLE and TILE % 4 == 0, SCALE % 2 == 1,
         )  # fmt: skip
     z = tl.zeros([COUNT], tl.float32)
@@ -161,7 +165,7 @@ def _draw_tile(
     if CLAMP:
         least, most = tile.bounds(low, high, lo, hi, start, i, A, COUNT, CLAMP)
         y = tile.clamp(y, least, most)
-    tile.store(value, start, y, i, inside, COUNT, TILE, WHOLE and TILE % 4 == 0)
+    tile.store(value, start, y, i, stored, COUNT, TILE, WHOLE and TILE % 4 == 0)
     energy = z
     if SCORE:
         if SPAN == 2:
@@ -179,9 +183,45 @@ def _draw_tile(
             energy += jacobian
         if SPAN == 1:
             energy += log_half * m.LOG2E
-        if not WHOLE:
-            energy = tl.where(inside, energy, 0.0)
     return energy
+
+
+@triton.jit
+def _draw_rows(
+    loc, scale, value, score, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
+    bias, least, floor, seed, call, program, total_rows, rows,
+    loc_row, loc_column, scale_row, scale_column,
+    A: tl.constexpr, COUNT: tl.constexpr, OWN: tl.constexpr, LOC: tl.constexpr,
+    SCALE: tl.constexpr, KIND: tl.constexpr, SCORE: tl.constexpr, SPAN: tl.constexpr,
+    LIMIT: tl.constexpr, CLAMP: tl.constexpr, MAP: tl.constexpr, FAST: tl.constexpr,
+    UNIT: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """OWN wide rows chunk by chunk; UNIT and LAST as of `_tile.wide_rows`."""
+    THREADS: tl.constexpr = COUNT // 16
+    start, skip, last, read, kept = tile.wide_rows(program, total_rows, A, OWN, UNIT, LAST)
+    i = tl.arange(0, COUNT)
+    energies = tl.zeros([THREADS], tl.float32)
+    row = program * OWN
+    end = skip + A
+    for chunk in range(0, last, COUNT):
+        energy = _draw_tile(
+            loc, scale, value, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
+            bias, least, floor, seed, call, start + chunk, read - chunk, kept - chunk, rows,
+            loc_row, loc_column, scale_row, scale_column,
+            A, COUNT, COUNT, LOC, SCALE, KIND, SCORE, SPAN, LIMIT, CLAMP, MAP, FAST,
+            A % COUNT == 0,
+        )  # fmt: skip
+        if chunk < skip:
+            energy = tl.where(i < skip, 0.0, energy)
+        while end <= tl.minimum(chunk + COUNT, last):
+            energies, energy = tile.ended(energies, energy, i, end - chunk, COUNT, THREADS, UNIT)
+            if SCORE:
+                sums = tile.sum_rows(energies, A, THREADS, 1, False)
+                tile.store_rows(score, row, sums * -m.LN2, total_rows, 1, 1, True)
+            energies = tl.zeros([THREADS], tl.float32)
+            row += 1
+            end += A
+        energies += tile.of_threads(energy, COUNT, THREADS, UNIT)
 
 
 @triton.jit(do_not_specialize=["seed", "call", "total_rows", "rows"])
@@ -195,34 +235,34 @@ def draw_kernel(
     LIMIT: tl.constexpr, CLAMP: tl.constexpr, MAP: tl.constexpr, HOST: tl.constexpr,
     ADVANCE: tl.constexpr, KEEP: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Values and scores of OWN rows; of one row, chunk by chunk, where WIDE."""
+    """Values and scores of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
     if KIND == _RANDOM:
         seed, call = random.open_state(state, seed, call, HOST)
     if WIDE:
-        begin = program * A
-        # Chunks begin with a group of the noise; where all are whole, the row does.
-        start = begin if A % COUNT == 0 else begin // 4 * 4
-        energies = tl.zeros([COUNT], tl.float32)
-        for chunk in range(0, tile.span(A, COUNT), COUNT):
-            skip = (begin - start - chunk).to(tl.int32)
-            energies += _draw_tile(
-                loc, scale, value, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
-                bias, least, floor, seed, call, start + chunk, skip, skip + A, rows,
+        UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
+        if A % UNIT == 0 or (program + 1) * OWN < total_rows:
+            _draw_rows(
+                loc, scale, value, score, mapped, low, high, lo, hi, halves, mids, half, mid,
+                log_half, bias, least, floor, seed, call, program, total_rows, rows,
                 loc_row, loc_column, scale_row, scale_column,
-                A, COUNT, COUNT, LOC, SCALE, KIND, SCORE, SPAN, LIMIT, CLAMP, MAP,
-                FAST, A % COUNT == 0,
+                A, COUNT, OWN, LOC, SCALE, KIND, SCORE, SPAN, LIMIT, CLAMP, MAP, FAST, UNIT, False,
             )  # fmt: skip
-        if SCORE:
-            sums = tile.sum_rows(energies, A, COUNT, 1, False)
-            tile.store_rows(score, program, sums * -m.LN2, total_rows, 1, 1, True)
+        else:
+            _draw_rows(
+                loc, scale, value, score, mapped, low, high, lo, hi, halves, mids, half, mid,
+                log_half, bias, least, floor, seed, call, program, total_rows, rows,
+                loc_row, loc_column, scale_row, scale_column,
+                A, COUNT, OWN, LOC, SCALE, KIND, SCORE, SPAN, LIMIT, CLAMP, MAP, FAST, UNIT, True,
+            )  # fmt: skip
     else:
         start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy = _draw_tile(
                 loc, scale, value, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
-                bias, least, floor, seed, call, start, 0, tile.kept(lead, TILE, COUNT), rows,
+                bias, least, floor, seed, call, start, COUNT,
+                tile.kept(lead, TILE, COUNT), rows,
                 loc_row, loc_column, scale_row, scale_column,
                 A, COUNT, TILE, LOC, SCALE, KIND, SCORE, SPAN, LIMIT, CLAMP, MAP, FAST,
                 True,
@@ -231,10 +271,10 @@ def draw_kernel(
                 sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER, lead)
                 tile.store_rows(score, program * OWN, sums * -m.LN2, total_rows, ROWS, OWN, True)
         else:
+            left = tl.minimum(end - start, lead + TILE).to(tl.int32)
             energy = _draw_tile(
                 loc, scale, value, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
-                bias, least, floor, seed, call, start, 0,
-                tl.minimum(end - start, lead + TILE).to(tl.int32), rows,
+                bias, least, floor, seed, call, start, left, left, rows,
                 loc_row, loc_column, scale_row, scale_column,
                 A, COUNT, TILE, LOC, SCALE, KIND, SCORE, SPAN, LIMIT, CLAMP, MAP, FAST,
                 False,
@@ -468,9 +508,40 @@ def _score_tile(
     if SPAN == 1:
         constant += log_half
     energy = m.log2(inner, FAST) * m.LN2 + constant + z * z * 0.5
-    if not WHOLE:
-        energy = tl.where(inside, energy, 0.0)
     return energy
+
+
+@triton.jit
+def _score_rows(
+    loc, scale, value, score, halves, mids, half, mid, log_half, program, total_rows, rows,
+    loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+    A: tl.constexpr, COUNT: tl.constexpr, OWN: tl.constexpr, LOC: tl.constexpr,
+    SCALE: tl.constexpr, VALUE: tl.constexpr, SPAN: tl.constexpr, LIMIT: tl.constexpr,
+    FAST: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
+    """The scores of wide rows, as in `_draw_rows`."""
+    THREADS: tl.constexpr = COUNT // 16
+    start, skip, last, read, _ = tile.wide_rows(program, total_rows, A, OWN, UNIT, LAST)
+    i = tl.arange(0, COUNT)
+    energies = tl.zeros([THREADS], tl.float32)
+    row = program * OWN
+    end = skip + A
+    for chunk in range(0, last, COUNT):
+        energy = _score_tile(
+            loc, scale, value, halves, mids, half, mid, log_half, start + chunk, read - chunk, rows,
+            loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+            A, COUNT, LOC, SCALE, VALUE, SPAN, LIMIT, FAST, A % COUNT == 0,
+        )  # fmt: skip
+        if chunk < skip:
+            energy = tl.where(i < skip, 0.0, energy)
+        while end <= tl.minimum(chunk + COUNT, last):
+            energies, energy = tile.ended(energies, energy, i, end - chunk, COUNT, THREADS, UNIT)
+            sums = tile.sum_rows(energies, A, THREADS, 1, False)
+            tile.store_rows(score, row, -sums, total_rows, 1, 1, True)
+            energies = tl.zeros([THREADS], tl.float32)
+            row += 1
+            end += A
+        energies += tile.of_threads(energy, COUNT, THREADS, UNIT)
 
 
 @triton.jit(do_not_specialize=["total_rows", "rows"])
@@ -482,20 +553,24 @@ def score_kernel(
     SCALE: tl.constexpr, VALUE: tl.constexpr, SPAN: tl.constexpr, LIMIT: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """Scores of given values, of OWN rows; of one row where WIDE."""
+    """Scores of given values, of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
     if WIDE:
-        begin = program * A
-        energies = tl.zeros([COUNT], tl.float32)
-        for chunk in range(0, A, COUNT):
-            energies += _score_tile(
-                loc, scale, value, halves, mids, half, mid, log_half, begin + chunk, A - chunk,
-                rows,
-                loc_row, loc_column, scale_row, scale_column, value_row, value_column,
-                A, COUNT, LOC, SCALE, VALUE, SPAN, LIMIT, FAST, A % COUNT == 0,
+        UNIT: tl.constexpr = tile.vector(
+            loc.dtype.element_ty.primitive_bitwidth, value.dtype.element_ty.primitive_bitwidth
+        )
+        if A % UNIT == 0 or (program + 1) * OWN < total_rows:
+            _score_rows(
+                loc, scale, value, score, halves, mids, half, mid, log_half, program, total_rows,
+                rows, loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+                A, COUNT, OWN, LOC, SCALE, VALUE, SPAN, LIMIT, FAST, UNIT, False,
             )  # fmt: skip
-        sums = tile.sum_rows(energies, A, COUNT, 1, False)
-        tile.store_rows(score, program, -sums, total_rows, 1, 1, True)
+        else:
+            _score_rows(
+                loc, scale, value, score, halves, mids, half, mid, log_half, program, total_rows,
+                rows, loc_row, loc_column, scale_row, scale_column, value_row, value_column,
+                A, COUNT, OWN, LOC, SCALE, VALUE, SPAN, LIMIT, FAST, UNIT, True,
+            )  # fmt: skip
     else:
         start, lead = tile.begin(program, TILE)
         end = total_rows.to(tl.int64) * A
@@ -637,7 +712,7 @@ def draw(
     sigma = parameter(scale, ndims, bool(shape))
     kind, lo, hi, low, high = bounds_of(clamp)
     source = state or NO_STATE
-    grid = forward_grid(total_rows, a, True)
+    grid = forward_grid(total_rows, a)
     with launching(loc):
         draw_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, value, scores, mapped, low, high, lo, hi,
@@ -758,7 +833,7 @@ def score(
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
     given = parameter(value, ndims, False)
-    grid = forward_grid(total_rows, a, True)
+    grid = forward_grid(total_rows, a)
     with launching(loc):
         score_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, given.tensor, scores,

@@ -99,8 +99,8 @@ def forward_form(
     itself, and are all that one of 16 warps can have. In halves an element takes 6 to 9 issue slots
     more, which a draw and its score by themselves are spared: they take 122 registers whole. With
     all that can be asked, 8 elements take 2 to 4 more than there are: where 4 are the largest
-    vector, a thread has 4, in tiles of 2048 at most, as of 4096 that would be 32 warps, with 64
-    registers each.
+    vector, and of wide rows, a thread has 4, in tiles of 2048 at most, as of 4096 that would be 32
+    warps, with 64 registers each.
 
     Args:
         size: bytes of an element of loc.
@@ -110,10 +110,10 @@ def forward_form(
         a: their size.
         amd: whether it runs on AMD.
     """
-    grid = forward_grid(rows, a, True)
-    full = tensors and entropy and (size == 4 or grid.tile % 8 != 0)
+    grid = forward_grid(rows, a)
+    full = tensors and entropy and (size == 4 or grid.wide or grid.tile % 8 != 0)
     if full:
-        grid = forward_grid(rows, a, True, False)
+        grid = forward_grid(rows, a, larger=False)
     if amd:
         return grid, Form(WHOLE, 2, 0)
     if full:

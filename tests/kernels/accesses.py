@@ -30,32 +30,51 @@ def vectors(size: int, count: int, warps: int) -> int:
     return -(-count * size // (32 * warps * 16))
 
 
-def handled(grid: Grid) -> float:
-    """Elements that exist of those that a program takes at once; of wide rows' chunks the mean.
-
-    Of Beta's 8 chunks of 256 elements at A = 257 7 rows are, which begin up to 7 elements behind
-    the first.
-    """
-    if not grid.wide:
-        return grid.tile
-    reach = grid.tile + 8 - math.gcd(grid.tile, 8)
-    return grid.tile / -(-reach // grid.count)
+def chunks(grid: Grid) -> int:
+    """Turns of a program over its wide rows, that begin as far behind a vector as they may."""
+    return math.ceil((grid.tile + _ahead(grid)) / grid.count)
 
 
-def ends(grid: Grid, a: int) -> int:
-    """Ends of rows that a chunk may have, where its elements are those of `handled`."""
-    return math.ceil(handled(grid) / a)
+def _ahead(grid: Grid) -> int:
+    return 8 - math.gcd(grid.tile, 8)
 
 
-def through(grid: Grid, a: int, dtype: str, sums: int, random: bool = False) -> tuple[str, ...]:
-    """What the way of wide rows goes through: whole vectors, and all ends of rows in a chunk.
+def filled(grid: Grid) -> float:
+    """The part of the elements of a program's tiles that exists."""
+    return grid.tile / (grid.count * (chunks(grid) if grid.wide else 1))
+
+
+def through(
+    grid: Grid, a: int, dtype: str, loads: int, *, sums: int, random: bool = False,
+    repeated: int = 0, warps: int | None = None,
+) -> tuple[str, ...]:  # fmt: skip
+    """The whole way of a program over wide rows: the vectors of each chunk, and the ends of rows.
 
     Where the state is advanced, a store of 32 bits returns the ticket too.
+
+    Args:
+        grid: the tiles.
+        a: size of a row.
+        dtype: of all tensors.
+        loads: tensors that are read one for one.
+        sums: results of rows.
+        random: whether the state is advanced.
+        repeated: tensors `[A]` that are read.
+        warps: of a program, where they are not those of `grid`.
     """
-    if not grid.wide:
+    if not grid.wide or grid.count * size_of(dtype) < 512 * (warps or grid.warps):
+        # Nothing to tell the ways apart by: a thread has less than a vector.
         return ()
-    stores = ["STG.32" if dtype == "fp32" else "STG.U16"] * (ends(grid, a) * sums)
-    return ("LDG.128", *stores, *["STG.32"] * random)
+    store = "STG.32" if dtype == "fp32" else "STG.U16"
+    size = size_of(dtype)
+    each = loads * vectors(size, grid.count, warps or grid.warps)
+    each += repeated * (a * size % 16 == 0)
+    kinds, begin = [], _ahead(grid)
+    ends = [begin + (row + 1) * a for row in range(grid.own)]
+    for chunk in range(chunks(grid)):
+        here = sum(chunk * grid.count < end <= (chunk + 1) * grid.count for end in ends)
+        kinds += ["LDG.128"] * each + [store] * (here * sums)
+    return (*kinds, *["STG.32"] * random)
 
 
 def forward(
@@ -79,9 +98,7 @@ def forward(
     """
     size = size_of(dtype)
     threads = 32 * (warps or grid.warps)
-    # Of a row within one chunk the elements that exist.
-    count = min(grid.count, grid.tile) if grid.wide else grid.count
-    each = vectors(size, count, threads // 32)
+    each = vectors(size, grid.count, threads // 32)
     elements = -(-grid.count // threads)
     wide = elements * size >= 16
     alike = a * size % 16 == 0
@@ -89,7 +106,9 @@ def forward(
     if a == 1:
         # A row's result is one for each element.
         stores, sums = stores + sums, 0
-    each_sum = ends(grid, a) if grid.wide else -(-grid.own // threads)
+    turns = chunks(grid) if grid.wide else 1
+    narrow_loads += (turns - 1) * (scattered + (0 if alike else repeated)) * elements
+    each_sum = grid.own if grid.wide else -(-grid.own // threads)
     narrow_stores = sums * each_sum + 2 * random + 2 * keep
     if not wide:
         # A thread has less than a vector, which is one access.
@@ -98,7 +117,7 @@ def forward(
             "narrow": (narrow_loads + loads + alike * repeated, narrow_stores + stores),
         }
     return {
-        "accesses": (loads * each + alike * repeated, stores * each),
+        "accesses": (turns * (loads * each + alike * repeated), turns * stores * each),
         "narrow": (narrow_loads, narrow_stores),
     }
 

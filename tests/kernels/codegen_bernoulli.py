@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastprob.kernels import bernoulli
 from fastprob.kernels._launch import FLAT_TILE, forward_grid
-from tests.kernels.accesses import flat, forward, handled, size_of
+from tests.kernels.accesses import flat, forward, size_of, through
 from tests.kernels.codegen_normal import ROWS, tiling
 from tests.kernels.machine import Case
 
@@ -31,7 +31,7 @@ def types(dtype: str) -> dict[str, str]:
 def draw(
     a: int, dtype: str, probs: bool, slots: float | None = None, everywhere: bool = False, **flags
 ) -> Case:
-    grid = forward_grid(ROWS, a, True)
+    grid = forward_grid(ROWS, a)
     given = {"RANDOM": True, "SCORE": True, "ENTROPY": False, "KEEP": False, **flags}
     constants = {
         **tiling(grid, a), **given, "GIVEN": 0, "FROM_PROBS": probs, "EPS": EPS[dtype],
@@ -48,8 +48,9 @@ def draw(
     sums = given["SCORE"] + given["ENTROPY"]
     return Case(
         f"bernoulli-{name}", bernoulli.draw_kernel, types(dtype), constants, grid.warps,
-        handled(grid), (2 + sums / a) * size_of(dtype), slots,
+        grid.tile, (2 + sums / a) * size_of(dtype), slots,
         everywhere=everywhere,
+        through=through(grid, a, dtype, 1, sums=sums, random=given["RANDOM"]),
         **forward(
             grid, a, dtype, 1, 1, sums=sums, random=given["RANDOM"], keep=given["KEEP"]
         ),
@@ -57,7 +58,7 @@ def draw(
 
 
 def score(a: int, dtype: str, probs: bool, slots: float, everywhere: bool = False) -> Case:
-    grid = forward_grid(ROWS, a, True)
+    grid = forward_grid(ROWS, a)
     constants = {
         **tiling(grid, a), "GIVEN": 0, "VALUE": 0, "FROM_PROBS": probs, "EPS": EPS[dtype],
         "SCORE": True, "ENTROPY": True, "FAST": True,
@@ -66,6 +67,7 @@ def score(a: int, dtype: str, probs: bool, slots: float, everywhere: bool = Fals
     return Case(
         name, bernoulli.score_kernel, types(dtype), constants, grid.warps, grid.tile,
         (2 + 2 / a) * size_of(dtype), slots, everywhere=everywhere,
+        through=through(grid, a, dtype, 2, sums=2),
         **forward(grid, a, dtype, 2, 0, sums=2),
     )  # fmt: skip
 
@@ -104,9 +106,13 @@ CASES = [
     draw(17, "fp32", False, 49, everywhere=True),
     draw(64, "fp32", False, 50),
     draw(257, "fp32", False, 57),
-    draw(1500, "fp32", False),
+    # Rows in chunks.
+    draw(1025, "fp32", False, 59, everywhere=True),
+    draw(1025, "bf16", False, 58),
+    draw(1500, "fp32", False, 55),
     score(8, "fp32", False, 31, everywhere=True),
     score(17, "fp32", True, 38),
+    score(1025, "fp32", False, 45),
     score(8, "bf16", False, 28),
     backward(8, "fp32", False, 40, stored=False, everywhere=True),
     backward(8, "fp32", True, 35, stored=False),

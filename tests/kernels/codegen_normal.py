@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fastprob.kernels import normal
 from fastprob.kernels._launch import FLAT_TILE, Grid, forward_grid
-from tests.kernels.accesses import flat, forward, handled, size_of, vectors
+from tests.kernels.accesses import flat, forward, size_of, through, vectors
 from tests.kernels.machine import Case
 
 ROWS = 1 << 20
@@ -58,7 +58,7 @@ def columns(flags: dict[str, int]) -> dict[str, int]:
 
 
 def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = False, **flags) -> Case:
-    grid = forward_grid(ROWS, a, True)
+    grid = forward_grid(ROWS, a)
     given = {
         "RANDOM": True, "SCORE": True, "ENTROPY": False, "CLAMP": 0, "KEEP": False, "MAP": 0,
         **flags,
@@ -80,16 +80,21 @@ def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = Fals
     several = bool(given["MAP"] and constants["SCALE"] % 2)
     writes = given["MAP"] > several
     moved = (3 + writes + given["SCORE"] / a) * size_of(dtype)
-    elements = handled(grid)
+    elements = grid.tile
     # Of those begun anew for each sample from rows apart no stride is known.
     scattered = (given.get("LOC") == 3) + (given.get("SCALE") == 3)
-    each = vectors(size_of(dtype), min(grid.count, a) if grid.wide else grid.count, grid.warps)
+    each = vectors(
+        size_of(dtype), min(grid.count, grid.tile) if grid.wide else grid.count, grid.warps
+    )
     # In a tile, and the last one where it has code of its own: the value, and the scale of the
     # first sample or its end.
     stores = (3 if grid.wide else 6 if a % 4 == 0 else 2) * each
     return Case(
         f"normal-{name}", normal.draw_kernel, types(dtype), constants, grid.warps, elements,
-        moved, None if grid.wide else slots, everywhere=everywhere,
+        moved, slots, everywhere=everywhere,
+        through=through(
+            grid, a, dtype, 2, sums=given["SCORE"] + given["ENTROPY"], random=given["RANDOM"]
+        ),
         **forward(
             grid, a, dtype, 2 - scattered, 1 + writes, sums=given["SCORE"] + given["ENTROPY"],
             random=given["RANDOM"], keep=given["KEEP"], repeated=2 * (given["CLAMP"] == 2),
@@ -132,7 +137,7 @@ def draw_backward(
 def score(
     a: int, dtype: str, slots: float | None = None, everywhere: bool = False, entropy: bool = False
 ) -> Case:
-    grid = forward_grid(ROWS, a, True)
+    grid = forward_grid(ROWS, a)
     constants = {
         **tiling(grid, a), "LOC": 0, "SCALE": 0, "VALUE": 0, "SCORE": True, "ENTROPY": entropy,
         "FAST": True, **({} if entropy else {"entropy": None}),
@@ -141,6 +146,7 @@ def score(
     return Case(
         name, normal.score_kernel, types(dtype), constants, grid.warps, grid.tile,
         (3 + (1 + entropy) / a) * size_of(dtype), slots, everywhere=everywhere,
+        through=through(grid, a, dtype, 3, sums=1 + entropy),
         **forward(grid, a, dtype, 3, 0, sums=1 + entropy),
     )  # fmt: skip
 
@@ -183,8 +189,13 @@ CASES = [
     draw(17, "bf16", 47),
     draw(3, "fp32", 47),
     draw(257, "fp32", 42),
-    draw(4096, "fp32"),
-    draw(1500, "fp32"),
+    # Rows in chunks: whole ones, of programs with several rows, and with one.
+    draw(4096, "fp32", 35),
+    draw(819, "fp32", 41),
+    draw(1025, "fp32", 45, everywhere=True),
+    draw(1025, "bf16", 48),
+    draw(1500, "fp32", 38),
+    draw(1500, "bf16", 44),
     # From a raw output.
     draw(8, "fp32", 65, MAP=1, LOC=6, SCALE=6),
     draw(8, "bf16", 62, MAP=1, LOC=10, SCALE=10, everywhere=True),
@@ -213,6 +224,7 @@ CASES = [
     score(8, "fp32", 17, everywhere=True),
     score(8, "fp32", 17, entropy=True),
     score(17, "fp32", 25, entropy=True),
+    score(1025, "fp32", 26, everywhere=True, entropy=True),
     score(8, "bf16", 19, entropy=True),
     score_backward(8, "fp32", 25, everywhere=True),
     score_backward(17, "fp32", 35),

@@ -9,7 +9,7 @@ import torch
 from fastprob.kernels import tanh_normal
 from fastprob.kernels._launch import FLAT_TILE, forward_grid
 from tests.kernels import codegen_normal
-from tests.kernels.accesses import flat, forward, handled, size_of, vectors
+from tests.kernels.accesses import flat, forward, size_of, through, vectors
 from tests.kernels.codegen_normal import APART, ROWS, summed, tiling
 from tests.kernels.machine import Case
 
@@ -66,7 +66,7 @@ def draw(
     several: bool = False,
     everywhere: bool = False,
 ) -> Case:
-    grid = forward_grid(ROWS, a, True)
+    grid = forward_grid(ROWS, a)
     kernel = tanh_normal.draw_kernel
     random = kind == tanh_normal.RANDOM
     constants = {
@@ -81,8 +81,9 @@ def draw(
     # A scale that is mapped is written once, by tiles of the first sample alone.
     writes = extracted > several
     return Case(
-        name, kernel, _types(dtype), constants, grid.warps, handled(grid),
+        name, kernel, _types(dtype), constants, grid.warps, grid.tile,
         (3 + writes + 1 / a) * size_of(dtype), slots, everywhere=everywhere,
+        through=through(grid, a, dtype, 2, sums=1, random=random),
         **forward(
             grid, a, dtype, 2, 1 + writes, sums=1, random=random,
             repeated=2 * (span == 2) + 2 * (clamp == 2),
@@ -131,7 +132,7 @@ def draw_backward(
 def score(
     a: int, dtype: str, slots: float | None = None, *, span: int = 0, everywhere: bool = False
 ) -> Case:
-    grid = forward_grid(ROWS, a, True)
+    grid = forward_grid(ROWS, a)
     kernel = tanh_normal.score_kernel
     constants = {
         **tiling(grid, a), "LOC": 0, "SCALE": 0, "VALUE": 0, "SPAN": span,
@@ -140,6 +141,7 @@ def score(
     return Case(
         f"tanh-normal-score-{a}-{dtype}-span={span}", kernel, _types(dtype), constants, grid.warps,
         grid.tile, (3 + 1 / a) * size_of(dtype), slots, everywhere=everywhere,
+        through=through(grid, a, dtype, 3, sums=1),
         **forward(grid, a, dtype, 3, 0, sums=1),
     )  # fmt: skip
 
@@ -186,7 +188,10 @@ CASES = [
     draw_backward(17, "bf16", 292, span=1, clamp=1, kind=tanh_normal.MEAN),
     draw(17, "fp32", 52),
     draw(257, "fp32", 54, everywhere=True),
-    draw(1500, "fp32"),
+    # Rows in chunks.
+    draw(1025, "fp32", 64, everywhere=True),
+    draw(1025, "bf16", 68),
+    draw(1500, "fp32", 56),
     draw(8, "fp32", 79, extracted=True, everywhere=True),
     draw(8, "bf16", 77, extracted=True, everywhere=True),
     draw(8, "fp32", 78, extracted=True, several=True, everywhere=True),

@@ -11,7 +11,7 @@ from fastprob.kernels import truncated_normal
 from fastprob.kernels._launch import FLAT_TILE
 from fastprob.kernels.truncated_normal import Form, backward_form, forward_form
 from tests.kernels import codegen_normal
-from tests.kernels.accesses import flat, forward, handled, size_of
+from tests.kernels.accesses import flat, forward, size_of, through
 from tests.kernels.codegen_normal import APART, ROWS, tiling
 from tests.kernels.machine import Case
 
@@ -89,9 +89,13 @@ def draw(
     )
     return Case(
         name, kernel, _types(dtype), constants, form.warps * grid.warps,
-        handled(grid),
+        grid.tile,
         (3 + (1 + entropy) / a) * size_of(dtype), slots,
         everywhere=everywhere, nvidia=nvidia,
+        through=through(
+            grid, a, dtype, **_read(a, dtype, tensors, clamp, 2), sums=1 + entropy,
+            random=random, warps=form.warps * grid.warps,
+        ),
         **_form(form, forward_form(*how, amd=True)[1], grid.warps),
         **forward(
             grid, a, dtype, **_read(a, dtype, tensors, clamp, 2), stores=1, sums=1 + entropy,
@@ -158,6 +162,10 @@ def score(
         f"truncated-normal-score-{a}-{dtype}-tensors={tensors}-entropy={entropy}", kernel,
         _types(dtype), constants, form.warps * grid.warps, grid.tile,
         (3 + (1 + entropy) / a) * size_of(dtype), slots, everywhere=everywhere, nvidia=nvidia,
+        through=through(
+            grid, a, dtype, **_read(a, dtype, tensors, 0, 3), sums=1 + entropy,
+            warps=form.warps * grid.warps,
+        ),
         **_form(form, forward_form(*how, amd=True)[1], grid.warps),
         **forward(
             grid, a, dtype, **_read(a, dtype, tensors, 0, 3), stores=0, sums=1 + entropy,
@@ -211,8 +219,13 @@ CASES = [
     draw(600, "fp32", 241, nvidia=True, **ALL),
     # Rows that begin at a multiple of 4 elements, of which 64 bits are read at a time.
     draw(257, "bf16", nvidia=True, **ALL),
-    # A row of several tiles.
-    draw(1500, "fp32", nvidia=True, **ALL),
+    # Rows in chunks.
+    draw(1025, "fp32", 168, nvidia=True),
+    draw(1025, "fp32", 253, nvidia=True, **ALL),
+    draw(1025, "bf16", nvidia=True, **ALL),
+    draw(1500, "bf16", 163, nvidia=True),
+    draw(1500, "fp32", 217, nvidia=True, **ALL),
+    draw(1500, "bf16", nvidia=True, **ALL),
     draw_backward(8, "fp32", 181, everywhere=True),
     draw_backward(8, "bf16", 184, everywhere=True),
     draw_backward(8, "bf16", 198, tensors=True, everywhere=True),
@@ -224,6 +237,8 @@ CASES = [
     score(8, "fp32", 108, entropy=True, everywhere=True),
     score(8, "bf16", tensors=True, entropy=True),
     score(600, "fp32", 164, nvidia=True, tensors=True, entropy=True),
+    score(1025, "fp32", 170, nvidia=True, tensors=True, entropy=True),
+    score(1500, "bf16", nvidia=True, tensors=True, entropy=True),
     score_backward(8, "fp32", 122, everywhere=True),
     score_backward(17, "bf16", 154),
     score_backward(8, "bf16", 131, to_value=True, everywhere=True),

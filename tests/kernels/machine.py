@@ -39,7 +39,7 @@ class Case:
         types: types of its arguments, `"*fp32"` or `"i64"`; constants and None are left out.
         constants: its constexpr arguments, and None for pointers that are not given.
         warps: warps of a program.
-        elements: elements that a program handles at once, which exist.
+        elements: elements that a program handles, which exist.
         bytes: bytes that must move for each element.
         slots: most issue slots for each element on sm_90, None where nothing is demanded.
         everywhere: whether it is compiled for every target, not for sm_90 alone.
@@ -48,9 +48,8 @@ class Case:
         narrow: loads and stores of fewer bits at the most; None where nothing is demanded.
         anywhere: as `accesses`, in the whole listing, of a kernel with tiles that load or store
             more than those of the shortest way; None where nothing is demanded.
-        through: kinds of access that the shortest way has one of, in this order, where there are
-            such: `"LDG.128"` where the last rows have code of their own, which may be the shorter
-            one, and the store of a row's sum, where a chunk may have no end of a row.
+        through: kinds of access that the shortest way has in this order, where there are such: the
+            loads of all chunks of wide rows, and the stores of their sums.
         turns: of the innermost loop on the shortest way.
         registers: most that the assembler may take on NVIDIA's targets; None for its own choice.
         amd: what differs there: constants, and `"warps"`.

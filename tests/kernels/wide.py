@@ -1,4 +1,4 @@
-"""Tilings of rows that programs go over in chunks, as a large batch has them: for few rows in tests.
+"""Tilings of rows that programs go over in chunks, as large batches have them: for few rows.
 
 Programs have one row each unless there are thousands, see `_launch.wide_grid`.
 """
