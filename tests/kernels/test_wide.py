@@ -12,7 +12,6 @@ from fastprob.kernels import bernoulli, normal, tanh_normal, truncated_normal
 from fastprob.kernels._launch import FEW, SMALL, Mapping, State, forward_grid
 from fastprob.ops import tanh_normal as tanh_ops
 from tests.kernels.accesses import filled
-from tests.kernels.accuracy import DTYPES
 from tests.kernels.wide import chunked, tilings
 
 FAMILIES = {
@@ -46,8 +45,11 @@ def results(family, first, second, device):
     return *drawn, mapped, tanh_normal.score(first, scale, drawn[0], bounds, 1)
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["contiguous", "apart"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "apart"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)],
+    ids=["fp32", "fp32-apart", "bf16"],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 @tilings
 def test_rows_in_chunks(a, own, rows, family, dtype, apart, device, monkeypatch):
