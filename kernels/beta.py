@@ -79,7 +79,7 @@ SINGLE = (256, 1)
 # A = 17 takes 543 issue slots an element in place of 310.
 SIZES = ((512, 2), (1024, 4), (2048, 8))
 # Larger A go in chunks, which leave less empty than whole rows of a gather, a multiple of 4: a draw
-# at A = 171 takes 323 issue slots an element in place of 423.
+# at A = 171 takes 305 issue slots an element in place of 423.
 GATHERED = 64
 
 

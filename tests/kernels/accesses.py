@@ -62,18 +62,21 @@ def through(
         repeated: tensors `[A]` that are read.
         warps: of a program, where they are not those of `grid`.
     """
-    if not grid.wide or grid.count * size_of(dtype) < 512 * (warps or grid.warps):
-        # Nothing to tell the ways apart by: a thread has less than a vector.
+    if not grid.wide:
         return ()
+    size, threads = size_of(dtype), 32 * (warps or grid.warps)
     store = "STG.32" if dtype == "fp32" else "STG.U16"
-    size = size_of(dtype)
-    each = loads * vectors(size, grid.count, warps or grid.warps)
-    each += repeated * (a * size % 16 == 0)
-    kinds, begin = [], _ahead(grid)
+    if grid.count * size >= 16 * threads:
+        load, before = "LDG.128", 0
+        each = loads * vectors(size, grid.count, threads // 32) + repeated * (a * size % 16 == 0)
+    else:
+        # A thread has less than a vector, 4 elements; so have seed and number of the draw.
+        load, before, each = "LDG.64", 2 * random, loads
+    kinds, begin = [load] * before, _ahead(grid)
     ends = [begin + (row + 1) * a for row in range(grid.own)]
     for chunk in range(chunks(grid)):
         here = sum(chunk * grid.count < end <= (chunk + 1) * grid.count for end in ends)
-        kinds += ["LDG.128"] * each + [store] * (here * sums)
+        kinds += [load] * each + [store] * (here * sums)
     return (*kinds, *["STG.32"] * random)
 
 

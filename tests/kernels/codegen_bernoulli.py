@@ -29,8 +29,9 @@ def types(dtype: str) -> dict[str, str]:
 
 
 def draw(
-    a: int, dtype: str, probs: bool, slots: float | None = None, everywhere: bool = False, **flags
-) -> Case:
+    a: int, dtype: str, probs: bool, slots: float | None = None, everywhere: bool = False,
+    nvidia: bool = False, **flags,
+) -> Case:  # fmt: skip
     grid = forward_grid(ROWS, a)
     given = {"RANDOM": True, "SCORE": True, "ENTROPY": False, "KEEP": False, **flags}
     constants = {
@@ -49,7 +50,7 @@ def draw(
     return Case(
         f"bernoulli-{name}", bernoulli.draw_kernel, types(dtype), constants, grid.warps,
         grid.tile, (2 + sums / a) * size_of(dtype), slots,
-        everywhere=everywhere,
+        everywhere=everywhere, nvidia=nvidia,
         through=through(grid, a, dtype, 1, sums=sums, random=given["RANDOM"]),
         **forward(
             grid, a, dtype, 1, 1, sums=sums, random=given["RANDOM"], keep=given["KEEP"]
@@ -107,7 +108,7 @@ CASES = [
     draw(64, "fp32", False, 50),
     draw(257, "fp32", False, 57),
     # Rows in chunks.
-    draw(1025, "fp32", False, 59, everywhere=True),
+    draw(1025, "fp32", False, 59, nvidia=True),
     draw(1025, "bf16", False, 58),
     draw(1500, "fp32", False, 55),
     score(8, "fp32", False, 31, everywhere=True),

@@ -57,7 +57,10 @@ def columns(flags: dict[str, int]) -> dict[str, int]:
     return {"loc_column": 1, "scale_column": 1} if flags.get("LOC", 0) >= 6 else {}
 
 
-def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = False, **flags) -> Case:
+def draw(
+    a: int, dtype: str, slots: float | None = None, everywhere: bool = False,
+    nvidia: bool = False, **flags,
+) -> Case:  # fmt: skip
     grid = forward_grid(ROWS, a)
     given = {
         "RANDOM": True, "SCORE": True, "ENTROPY": False, "CLAMP": 0, "KEEP": False, "MAP": 0,
@@ -91,7 +94,7 @@ def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = Fals
     stores = (3 if grid.wide else 6 if a % 4 == 0 else 2) * each
     return Case(
         f"normal-{name}", normal.draw_kernel, types(dtype), constants, grid.warps, elements,
-        moved, slots, everywhere=everywhere,
+        moved, slots, everywhere=everywhere, nvidia=nvidia,
         through=through(
             grid, a, dtype, 2, sums=given["SCORE"] + given["ENTROPY"], random=given["RANDOM"]
         ),
@@ -192,7 +195,7 @@ CASES = [
     # Rows in chunks: whole ones, of programs with several rows, and with one.
     draw(4096, "fp32", 35),
     draw(819, "fp32", 41),
-    draw(1025, "fp32", 45, everywhere=True),
+    draw(1025, "fp32", 45, nvidia=True),
     draw(1025, "bf16", 48),
     draw(1500, "fp32", 38),
     draw(1500, "bf16", 44),
