@@ -117,7 +117,10 @@ def forward(
         # A thread has less than a vector, which is one access.
         return {
             "accesses": (0, 0),
-            "narrow": (narrow_loads + loads + alike * repeated, narrow_stores + stores),
+            "narrow": (
+                narrow_loads + turns * (loads + alike * repeated),
+                narrow_stores + turns * stores,
+            ),
         }
     return {
         "accesses": (turns * (loads * each + alike * repeated), turns * stores * each),
