@@ -7,6 +7,8 @@ code need the compiler. So a plain run of the tests starts these in a process of
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import triton
@@ -19,9 +21,18 @@ RUNS = INTERPRETED or torch.cuda.is_available()
 collect_ignore_glob = [] if RUNS else ["test_*.py"]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a GPU all of these are its tests: `pytest -m gpu`."""
-    if not INTERPRETED:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On a GPU all of these are its tests: `pytest -m gpu`.
+
+    In the interpreter `KERNELS_PART=I/N` keeps the Ith of N parts, for processes side by side.
+    """
+    if INTERPRETED:
+        part, count = map(int, os.environ.get("KERNELS_PART", "1/1").split("/"))
+        left_out = [item for i, item in enumerate(items) if i % count != part - 1]
+        items[:] = items[part - 1 :: count]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+    else:
         for item in items:
             if "tests/kernels/" in item.path.as_posix():
                 item.add_marker(pytest.mark.gpu)
