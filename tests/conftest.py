@@ -63,6 +63,17 @@ def _poisoned_empty() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _checks_off_as_compiled() -> None:
+    """Compiles once, in front of all tests: the first time dynamo switches argument checks off.
+
+    A test that put them back as it had found them would else leave them on for those after it, and
+    dynamo cannot trace a `torch.distributions.Normal` that checks: `test_direct.py` with
+    `test_rng.py` behind it failed by themselves.
+    """
+    torch.compile(torch.neg, backend="eager")(torch.ones(1))
+
+
 # A hook and not a fixture: Hypothesis refuses function-scoped fixtures.
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
