@@ -30,6 +30,7 @@ from bench import cells as cells_
 from bench import results
 from bench.cells import Cell, Outcome, check_cell, cover, lean_compiler, product
 from bench.implementations import NAMES, Implementation, implementation
+from bench.remembering import Remembering
 
 
 def fingerprint(library: Implementation) -> str:
@@ -102,11 +103,25 @@ class State:
 
 
 def in_order(cells: Sequence[Cell]) -> list[Cell]:
-    """Cells as a run takes them: those that hold every triple first, the rest in random order."""
+    """Cells as a run takes them: those that hold every triple first, the rest by their computation.
+
+    The computations come in random order; cells of one have most of their graphs in common.
+    """
     first = set(cover(product(), 3))
-    rest = [cell for cell in cells if cell not in first]
+    rest = _by_computation([cell for cell in cells if cell not in first])
     random.Random(1).shuffle(rest)
-    return [cell for cell in cells if cell in first] + rest
+    return [cell for cell in cells if cell in first] + list(itertools.chain.from_iterable(rest))
+
+
+def part(cells: Sequence[Cell], index: int, count: int) -> list[Cell]:
+    """One of ``count`` parts of cells in order, the first of which is 1: whole computations."""
+    return list(itertools.chain.from_iterable(_by_computation(cells)[index - 1 :: count]))
+
+
+def _by_computation(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells in order, those together that follow each other and compute the same."""
+    runs = itertools.groupby(cells, lambda c: (c.family, c.interaction, c.score, c.spec))
+    return [list(run) for _, run in runs]
 
 
 # ------------------------------------------------------------------------------------- command
@@ -137,7 +152,8 @@ def run(args: argparse.Namespace) -> int:
         library = implementation(name)
         code = fingerprint(library)
         state = State(args.state, name, args.backend, code, f"{index}of{count}")
-        interrupted = _run_side(cells[index - 1 :: count], library, args.backend, state, minutes)
+        wanted = part(cells, index, count)
+        interrupted = _run_side(wanted, library, Remembering(args.backend), state, minutes)
         found = state.read()
         payload["sides"][name] = summary(cells, found) | {"version": library.version, "code": code}
         if interrupted:
@@ -153,7 +169,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_side(
-    cells: Sequence[Cell], library: Implementation, backend: str, state: State, minutes: float
+    cells: Sequence[Cell],
+    library: Implementation,
+    backend: Any,
+    state: State,
+    minutes: float,
 ) -> bool:
     """Runs the cells that have no outcome yet; returns whether it was interrupted."""
     known = state.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 from types import SimpleNamespace
 
@@ -12,7 +13,10 @@ import torch
 from bench import matrix, opaque, options
 from bench.cells import Cell, Outcome, cover, product
 
-CELLS = [Cell("Normal", "mode", False, "none", "none", form) for form in ("plain", "sequence")]
+CELLS = [
+    Cell("Normal", "mode", False, "none", "none", "plain"),
+    Cell("Normal", "mean", False, "none", "none", "sequence"),
+]
 SIDE = SimpleNamespace(name="fastprob", version="fastprob 0")
 
 
@@ -94,6 +98,24 @@ def test_shards_take_each_cell_once_and_are_summed_up_together(run):
     assert run("--shard", "2/2")[1]["ran"] == 1
     assert run("--shard", "1/2")[1]["ran"] == 2
     assert run.asked == [CELLS[1], CELLS[0]]
+
+
+@pytest.mark.parametrize("cells", [product(), cover(product(), 3)], ids=["whole", "triples"])
+def test_parts_hold_each_cell_once_and_those_of_one_computation_together(cells):
+    ordered = matrix.in_order(cells)
+    assert sorted(map(str, ordered)) == sorted(map(str, cells))
+    parts = [matrix.part(ordered, i, 3) for i in (1, 2, 3)]
+    assert sorted(str(c) for part in parts for c in part) == sorted(map(str, cells))
+    assert max(map(len, parts)) < 1.1 * min(map(len, parts))
+    # As CI runs them: halves of a part, side by side.
+    halves = matrix.part(ordered, 1, 6) + matrix.part(ordered, 4, 6)
+    assert sorted(map(str, halves)) == sorted(map(str, parts[0]))
+    rest = set(cells) - set(cover(product(), 3))
+    owner = {c: i for i, part in enumerate(parts) for c in part}
+    found = collections.defaultdict(set)
+    for cell in rest:
+        found[cell.family, cell.interaction, cell.score, cell.spec].add(owner[cell])
+    assert all(len(owners) == 1 for owners in found.values())
 
 
 def test_no_minutes_sum_up_and_run_nothing(run):
