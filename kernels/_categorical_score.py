@@ -91,10 +91,14 @@ def _score_wide(
         if HOT:
             most = tl.full([], float("-inf"), tl.float32)
             chosen = tl.full([], 0, tl.int32)
+            # Of the value's own kind: the ways through `read` must end with one.
+            OTHER: tl.constexpr = (
+                float("-inf") if value.dtype.element_ty.is_floating() else -(1 << 30)
+            )
             for c in range(wide.chunks(shift, A, COUNT, VECTOR)):
                 k = wide.places(c, shift, COUNT)
                 y = wide.read(
-                    value, row, c, shift, rows, value_row, value_column, float("-inf"),
+                    value, row, c, shift, rows, value_row, value_column, OTHER,
                     A, COUNT, VALUE, cat.beside(VECTOR, GIVEN, VALUE),
                 ).to(tl.float32)  # fmt: skip
                 high = tl.max(y, 0)

@@ -47,7 +47,7 @@ def read(
     ptr, row, c, shift, rows, row_stride, column_stride, other,
     A: tl.constexpr, COUNT: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Chunk c of one row, in fp32 or int32; `other` past its ends."""
+    """Chunk c of one row, in fp32, int32 or int64; `other`, of that kind, past its ends."""
     k = places(c, shift, COUNT)
     inside = within(k, A, VECTOR)
     if VECTOR > 1 and LAYOUT < 2:

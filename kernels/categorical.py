@@ -84,19 +84,26 @@ class Tile(NamedTuple):
     warps: int
 
 
-# Longest rows of a tile, and of one whose elements change places.
-SPLIT_MOST = 2048
+# Longest rows of a tile, and of one whose elements change places. Chunks of 4096 would be empty for
+# a good part: a draw at A = 2049 takes 23.3 issue slots an element, in a chunk 64.
+SPLIT_MOST = 8192
+SPLIT_MOST_OF_FEW = 2048
 GATHER_MOST = 96
 GATHER_MOST_BACKWARD = 32
 # With Triton 3.6 shifted rows spill: a draw at A = 257 has a stack of 896 bytes, a score of 624.
 SHIFTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 if not SHIFTS:
     GATHER_MOST = GATHER_MOST_BACKWARD = 1024
+    SPLIT_MOST = SPLIT_MOST_OF_FEW
 # So do rows of powers of two with what a thread holds under 3.7, 64 elements of a row or 32 of
 # several: by 160 bytes a draw at A = 256, 256 a score, 584 one of vectors, 8 a draw at A = 8.
 HELD_MOST, HELD_OF_SHORT = (64, 32) if SHIFTS else (32, 16)
-# Elements of a row in the registers of a thread, for a backward pass.
+# Elements of a row in the registers of a thread, for a backward pass, and for a score of one-hot
+# vectors, which has 8 bytes more of each: with 64 it had a stack of 2584 bytes at A = 257. Longer
+# rows of those would take 16 warps, with 128 registers for a thread, and up to 96 bytes of stack.
 HELD_BACKWARD = 32
+HELD_OF_HOT = 24
+SPLIT_MOST_OF_HOT = 4096
 # A chunk of a longer row and the warps of its program: 32 elements of a thread. 16 take 17.8 issue
 # slots an element in place of 13.1 at A = 32768. Fewer rows than these get more warps each.
 CHUNK = (4096, 4)
@@ -113,7 +120,7 @@ def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False
         a: categories.
         itemsize: bytes of one.
         held: elements of a row in the registers of a thread, at the most: 64 are 80 registers for a
-            draw and 255 for a backward pass, which spills some.
+            draw and 255 for a backward pass, which spills some, as does a score of one-hot vectors.
         tight: whether a GATHER tile is to be full rather than its threads busy. Without a store of
             a tile's elements busy threads take fewer issue slots: 25.0 and 31.1 at A = 18; with
             one, full tiles do.
@@ -122,16 +129,19 @@ def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False
     vector = 16 // itemsize
     # Rows begin at whole vectors, or wherever they do.
     begin = vector if a % vector else 0
-    if a > (SPLIT_MOST if power or SHIFTS else GATHER_MOST):
+    most = SPLIT_MOST if rows >= FEW_WIDE else SPLIT_MOST_OF_FEW
+    most = min(most, SPLIT_MOST_OF_HOT) if held == HELD_OF_HOT else most
+    if a > (most if power or SHIFTS else GATHER_MOST):
         count, warps = CHUNK if rows >= FEW_WIDE else CHUNK_OF_FEW
-        count = count * held // 64
+        count = count if held > HELD_BACKWARD else count // 2
         chunks = triton.next_power_of_2(-(-(a + max(begin - 1, 0)) // count))
         return Tile(rows, count, 1, 1, 1, 0, 1, begin, False, chunks, warps)
     piece = reps = 0
     if power:
         # A thread of its own for each row of up to 64 bytes, 64 elements of a row at the most.
         beside = 1 if a * itemsize <= 64 else 2
-        lanes = min(a, max(vector * beside, a * vector // min(held, HELD_MOST)))
+        least = triton.next_power_of_2(-(-a * vector // min(held, HELD_MOST)))
+        lanes = min(a, max(vector * beside, least))
         threads = max(1, lanes // vector)
         begin = 0
     elif a > (GATHER_MOST if held > HELD_BACKWARD else GATHER_MOST_BACKWARD):
@@ -164,6 +174,20 @@ def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False
         if tight and fitting * 8 >= tile_rows * 7:
             count, own = count // 2, fitting
     return Tile(-(-rows // own), count, rep, tile_rows, lanes, piece, own, begin, shared, 0, warps)
+
+
+def score_tiling(rows: int, a: int, itemsize: int, hot: bool) -> Tile:
+    """The tiles of a score of given values, as of `tiling`; `hot` where those are one-hot."""
+    return tiling(rows, a, itemsize, HELD_OF_HOT) if hot else tiling(rows, a, itemsize)
+
+
+def most_registers(tiles: Tile, hot: bool) -> int | None:
+    """The most registers of a score on NVIDIA's GPUs, None for the assembler's own choice.
+
+    Of one-hot vectors in chunks it chooses 80 on sm_100 at A = 8191 in bf16, with 8 bytes of stack;
+    told 128 it takes 108, and 31.2 issue slots an element in place of 33.4.
+    """
+    return 128 if hot and tiles.chunks else None
 
 
 class Form(NamedTuple):
@@ -308,7 +332,9 @@ def score(
         asked = parameter(value, 1, False)
     else:
         asked = read if value is None else parameter(value.contiguous(), 0, False)
-    tiles = tiling(total_rows, a, given.element_size())
+    hot = hot and value is not None
+    tiles = score_tiling(total_rows, a, given.element_size(), hot)
+    registers = most_registers(tiles, hot) if fast(given) else None
     with launching(given):
         score_kernel[(tiles.programs,)](
             read.tensor, allowed, asked.tensor, index, scores, entropies, neg_inf,
@@ -319,6 +345,7 @@ def score(
             GIVEN=read.layout, MASK=layout, VALUE=asked.layout, PROBS=probs,
             EPS=_of_weights(given), HOT=hot, INDEX=index is not None, SCORE=value is not None,
             ENTROPY=entropy, FAST=fast(given), num_warps=tiles.warps,
+            **({"maxnreg": registers} if registers else {}),
         )  # fmt: skip
     return scores, entropies, index
 

@@ -8,6 +8,8 @@ from tests.kernels.machine import Case
 
 ROWS = 1 << 22
 RANDOM, MEDIAN, MODE = rows.RANDOM.value, rows.MEDIAN.value, rows.MODE.value
+# Targets a case is compiled for.
+EVERYWHERE, NVIDIA = "every target", "all of NVIDIA's"
 ONE_HOT, PROBS_VALUE = rows.ONE_HOT.value, rows.PROBS_VALUE.value
 
 
@@ -32,7 +34,9 @@ def _size(dtype: str) -> int:
     return 4 if dtype == "fp32" else 2
 
 
-def _case(name, kernel, tile, a, dtype, types, flags, wanted, moved, slots, everywhere, stored):
+def _case(
+    name, kernel, tile, a, dtype, types, flags, wanted, moved, slots, where, stored, registers=None
+):  # fmt: skip
     constants = {
         "A": a, "COUNT": tile.count, "REP": tile.rep, "ROWS": tile.rows, "LANES": tile.lanes,
         "PIECE": tile.piece, "OWN": tile.own, "VECTOR": tile.vector, "CHUNKS": tile.chunks,
@@ -49,7 +53,8 @@ def _case(name, kernel, tile, a, dtype, types, flags, wanted, moved, slots, ever
         stored = stored * max(0, a // tile.lanes - 1) * tile.lanes // a if not wide else stored
     return Case(
         f"categorical-{name}", kernel, types, constants, tile.warps, elements, moved,
-        None if wide else slots, everywhere=everywhere,
+        None if wide else slots, everywhere=where == EVERYWHERE, nvidia=where == NVIDIA,
+        registers=registers,
         accesses=(vectors, vectors * stored // _size(dtype)),
     )  # fmt: skip
 
@@ -58,7 +63,7 @@ def _name(start, a, dtype, flags):
     return "-".join([f"{start}-{a}-{dtype}", *(f"{k}={v}" for k, v in flags.items())])
 
 
-def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = False, **flags) -> Case:
+def draw(a: int, dtype: str, slots: float | None = None, where: str = "sm_90", **flags) -> Case:
     """Index, score and entropy; with a VALUE also one-hot vectors, or probabilities."""
     flags = {**flags}
     name = _name("draw", a, dtype, flags)
@@ -84,16 +89,15 @@ def draw(a: int, dtype: str, slots: float | None = None, everywhere: bool = Fals
     return _case(
         name, kernels.draw_kernel, tile, a, dtype,
         _types(dtype, "i64" if value == ONE_HOT else dtype), given, wanted, moved, slots,
-        everywhere, stored,
+        where, stored,
     )  # fmt: skip
 
 
-def score(
-    a: int, dtype: str, slots: float | None = None, everywhere: bool = False, **flags
-) -> Case:
+def score(a: int, dtype: str, slots: float | None = None, where: str = "sm_90", **flags) -> Case:
     """Score and entropy of stored indices; of int64 one-hot vectors where HOT."""
     name = _name("score", a, dtype, flags)
-    tile = kernels.tiling(ROWS, a, _size(dtype))
+    hot = flags.get("HOT", False)
+    tile = kernels.score_tiling(ROWS, a, _size(dtype), hot)
     given = {
         "MASK": -1, "PROBS": False, "VALUE": 0, "HOT": False, "INDEX": False, "SCORE": True,
         "ENTROPY": True, **flags,
@@ -102,13 +106,11 @@ def score(
     moved = _size(dtype) + 8 * given["HOT"] + (8 * (not given["HOT"]) + 2 * _size(dtype)) / a
     return _case(
         name, kernels.score_kernel, tile, a, dtype, _types(dtype), given, wanted, moved, slots,
-        everywhere, 0,
+        where, 0, kernels.most_registers(tile, hot),
     )  # fmt: skip
 
 
-def backward(
-    a: int, dtype: str, slots: float | None = None, everywhere: bool = False, **flags
-) -> Case:
+def backward(a: int, dtype: str, slots: float | None = None, where: str = "sm_90", **flags) -> Case:
     """The gradient of score and entropy; with BY_VALUE that of probabilities as well."""
     name = _name("backward", a, dtype, flags)
     tile = kernels.tiling(ROWS, a, _size(dtype), kernels.HELD_BACKWARD, True)
@@ -121,16 +123,16 @@ def backward(
     moved = read * _size(dtype) + (8 + 2 * _size(dtype)) / a
     return _case(
         name, kernels.backward_kernel, tile, a, dtype, _types(dtype), given, wanted, moved, slots,
-        everywhere, _size(dtype),
+        where, _size(dtype),
     )  # fmt: skip
 
 
 # KERNELS.md's limits: 33 for a draw at A = 18, 17 at A = 256. The others are what was measured and
 # up to 15% more; memory allows 7.8 slots for each byte.
 CASES = [
-    draw(18, "fp32", 29, everywhere=True),
+    draw(18, "fp32", 29, where=EVERYWHERE),
     draw(18, "bf16", 29),
-    draw(256, "fp32", 17, everywhere=True),
+    draw(256, "fp32", 17, where=EVERYWHERE),
     draw(256, "bf16", 17),
     # Chunks of a tensor: 19 slots where strides are told in units of 4.
     draw(256, "bf16", 17, GIVEN=10),
@@ -139,7 +141,7 @@ CASES = [
     draw(64, "fp32", 21),
     draw(33, "fp32", 22),
     draw(33, "bf16", 24),
-    draw(257, "fp32", 23.5, everywhere=True),
+    draw(257, "fp32", 23.5, where=EVERYWHERE),
     draw(257, "bf16", 27.5),
     draw(257, "fp32", 30, VALUE=ONE_HOT),
     draw(1000, "fp32", 19),
@@ -147,8 +149,11 @@ CASES = [
     draw(1001, "fp32", 22),
     draw(1001, "bf16", 26.5),
     draw(2048, "fp32", 19),
-    draw(32768, "fp32", everywhere=True),
-    draw(32767, "fp32", everywhere=True),
+    draw(2049, "fp32", 26.5, where=NVIDIA),
+    draw(8191, "bf16", 30.5),
+    draw(4097, "fp32", 34, VALUE=ONE_HOT, where=NVIDIA),
+    draw(32768, "fp32", where=EVERYWHERE),
+    draw(32767, "fp32", where=EVERYWHERE),
     draw(32767, "bf16"),
     draw(50257, "bf16"),
     draw(18, "fp32", 18.5, KIND=MODE),
@@ -158,18 +163,25 @@ CASES = [
     draw(18, "fp32", 34, MASK=0),
     draw(18, "fp32", 28, PROBS=True),
     score(18, "fp32", 16.5),
-    score(256, "fp32", 10, everywhere=True),
+    score(256, "fp32", 10, where=EVERYWHERE),
     score(256, "fp32", 20, HOT=True),
+    score(257, "fp32", 39.5, HOT=True, where=NVIDIA),
+    score(257, "fp32", 47, HOT=True, MASK=0, PROBS=True, where=NVIDIA),
+    score(1001, "bf16", 45, HOT=True, where=NVIDIA),
+    score(4095, "bf16", HOT=True, MASK=0, where=NVIDIA),
+    score(8191, "bf16", HOT=True, where=NVIDIA),
+    score(8191, "fp32", HOT=True, MASK=0),
     score(32768, "fp32", MASK=0),
     backward(18, "fp32", 40),
-    backward(256, "fp32", 21, everywhere=True),
+    backward(256, "fp32", 21, where=EVERYWHERE),
     backward(256, "fp32", 24.5, BY_VALUE=PROBS_VALUE),
     backward(18, "fp32", 50, PROBS=True, BY_VALUE=PROBS_VALUE),
     backward(33, "fp32", 34),
     backward(257, "bf16", 38),
     backward(1000, "fp32", 21),
-    backward(1001, "fp32", 25.5, everywhere=True),
+    backward(1001, "fp32", 25.5, where=EVERYWHERE),
     backward(1001, "bf16", 33),
+    backward(8191, "fp32", 32, where=NVIDIA),
     backward(32767, "fp32"),
-    backward(32768, "fp32", everywhere=True, BY_VALUE=PROBS_VALUE),
+    backward(32768, "fp32", where=EVERYWHERE, BY_VALUE=PROBS_VALUE),
 ]

@@ -305,6 +305,47 @@ def test_what_has_no_probability_is_never_drawn(a, device):
         assert (weights.gather(-1, index.unsqueeze(-1)) > 0).all()
 
 
+@pytest.fixture
+def many_rows():
+    """Rows are laid out as in a batch of thousands: those of 2049 to 8192 categories in tiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "FEW_WIDE", 0)
+        kernels.tiling.cache_clear()
+        yield
+    kernels.tiling.cache_clear()
+
+
+@pytest.mark.parametrize("a", [2049, 4096, 5003, 8191])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_rows_of_many(a, dtype, many_rows, device):
+    assert kernels.tiling(3, a, dtype.itemsize).chunks == 0
+    errors = Errors()
+    logits = logits_of((3, a), dtype, device)
+    other = 0
+    for call, mask in enumerate(masks_of(logits.shape, device)):
+        state = pair(device, call)
+        index, hot, score, entropy, _ = kernels.draw(
+            logits, mask, EMPTY, form(RANDOM, ONE_HOT), state=State(state), entropy=True
+        )
+        other += check_draws(index, logits, mask, False, state)
+        assert torch.equal(hot, torch.nn.functional.one_hot(index, a))
+        own = reference.score_and_entropy(logits, mask, index, False, True)
+        truth = _truth(logits, mask, index, False)
+        again = kernels.score(logits, mask, hot, hot=True, entropy=True, keep=True)
+        assert torch.equal(again[2], index)
+        for what, got in (("draw", (score, entropy)), ("given", again[:2])):
+            errors.add(f"score {what}", got[0], own[0], truth[0], truth[0].abs() + 1.0)
+            errors.add(f"entropy {what}", got[1], own[1], truth[1], truth[1].abs() + 1.0)
+        grads = [torch.randn(size, device=device).to(dtype) for size in ((3, a), (3,), (3,))]
+        got = kernels.backward(*grads, logits, mask, index, EMPTY)
+        arguments = mask, index, False, 1, False
+        truth = _gradient(logits.double(), *arguments, [g.double() for g in grads])
+        own = _gradient(logits, *arguments, grads)
+        errors.add("gradient", got, own, truth, truth.abs() + 1.0)
+    errors.check()
+    assert other <= 1
+
+
 @pytest.mark.parametrize("a", [98, 257, 1001, 2047, 16383])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_both_ends_of_rows_that_begin_within_a_vector(a, dtype, device):
@@ -614,11 +655,14 @@ def test_more_than_2_to_the_31_elements_are_addressed(device):
 
 
 def test_tiles_hold_all_rows():
-    more = 100, 255, 256, 257, 1000, 1023, 1024, 1025, 2047, 2048, 2049, 16383, 32767, 32768, 50257
+    more = 100, 255, 256, 257, 1000, 1023, 1024, 1025, 2047, 2048, 2049, 8192, 16383, 32768, 50257
     for a in (*range(1, 70), *more):
         for rows, itemsize, tight in itertools.product((1, 5, 10**5), (2, 4), (False, True)):
-            held = kernels.HELD_BACKWARD if tight else 64
+            held = (kernels.HELD_BACKWARD, kernels.HELD_OF_HOT)[rows == 5] if tight else 64
             tiles = kernels.tiling(rows, a, itemsize, held, tight)
+            sizes = tiles.rep, tiles.rows, tiles.lanes, tiles.count
+            # Ranges of the kernels; lanes of a GATHER and a chunk that is none are no such.
+            assert all(n & (n - 1) == 0 for n in sizes if n and not tiles.piece)
             assert tiles.programs * tiles.own >= rows
             assert tiles.own <= tiles.rows
             shifted = a + max(tiles.vector - 1, 0)
