@@ -99,8 +99,9 @@ if not SHIFTS:
 # several: by 160 bytes a draw at A = 256, 256 a score, 584 one of vectors, 8 a draw at A = 8.
 HELD_MOST, HELD_OF_SHORT = (64, 32) if SHIFTS else (32, 16)
 # Elements of a row in the registers of a thread, for a backward pass, and for a score of one-hot
-# vectors, which has 8 bytes more of each: with 64 it had a stack of 2584 bytes at A = 257. Longer
-# rows of those would take 16 warps, with 128 registers for a thread, and up to 96 bytes of stack.
+# vectors whose size is no power of two, which has 8 bytes more of each: with 64 it had a stack of
+# 2584 bytes at A = 257. Longer rows of those would take 16 warps, with 128 registers for a thread,
+# and up to 96 bytes of stack.
 HELD_BACKWARD = 32
 HELD_OF_HOT = 24
 SPLIT_MOST_OF_HOT = 4096
@@ -178,7 +179,9 @@ def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False
 
 def score_tiling(rows: int, a: int, itemsize: int, hot: bool) -> Tile:
     """The tiles of a score of given values, as of `tiling`; `hot` where those are one-hot."""
-    return tiling(rows, a, itemsize, HELD_OF_HOT) if hot else tiling(rows, a, itemsize)
+    if not hot:
+        return tiling(rows, a, itemsize)
+    return tiling(rows, a, itemsize, HELD_BACKWARD if a & (a - 1) == 0 else HELD_OF_HOT)
 
 
 def most_registers(tiles: Tile, hot: bool) -> int | None:
