@@ -188,9 +188,13 @@ def most_registers(tiles: Tile, hot: bool) -> int | None:
     """The most registers of a score on NVIDIA's GPUs, None for the assembler's own choice.
 
     Of one-hot vectors in chunks it chooses 80 on sm_100 at A = 8191 in bf16, with 8 bytes of stack;
-    told 128 it takes 108, and 31.2 issue slots an element in place of 33.4.
+    told 128 it takes 108, and 31.2 issue slots an element in place of 33.4. Of indices under
+    weights it chooses 96 on sm_90 at A = 16383 in bf16, with 8 bytes too; told 255, none.
     """
-    return 128 if hot and tiles.chunks else None
+    if not tiles.chunks:
+        return None
+    # 65,536 registers of a multiprocessor, 16 warps of a program that has few beside it.
+    return 128 if hot or tiles.warps > CHUNK[1] else 255
 
 
 class Form(NamedTuple):

@@ -173,6 +173,7 @@ CASES = [
     score(8191, "bf16", HOT=True, where=NVIDIA),
     score(8191, "fp32", HOT=True, MASK=0),
     score(32768, "fp32", MASK=0),
+    score(16383, "bf16", PROBS=True, where=NVIDIA),
     backward(18, "fp32", 40),
     backward(256, "fp32", 21, where=EVERYWHERE),
     backward(256, "fp32", 24.5, BY_VALUE=PROBS_VALUE),
