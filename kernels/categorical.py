@@ -177,6 +177,27 @@ def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False
     return Tile(-(-rows // own), count, rep, tile_rows, lanes, piece, own, begin, shared, 0, warps)
 
 
+def draw_tiling(rows: int, a: int, itemsize: int, value: int) -> Tile:
+    """The tiles of a draw with a `value` of `Form`, as of `tiling`.
+
+    Of probabilities a chunk is half as large: those of masked weights in bf16 had 80 bytes of stack
+    at A = 16383.
+    """
+    tiles = tiling(rows, a, itemsize, tight=value >= cat.ONE_HOT.value)
+    if tiles.chunks and value == cat.PROBS_VALUE.value:
+        return tiling(rows, a, itemsize, HELD_BACKWARD)
+    return tiles
+
+
+def most_registers_of_draw(tiles: Tile, value: int) -> int | None:
+    """The most registers of a draw on NVIDIA's GPUs, None for the assembler's own choice.
+
+    That is 72 for the probabilities of masked weights in fp32 at A = 16383 on sm_100, and 16 bytes
+    of stack; told 128, none.
+    """
+    return 128 if tiles.chunks and value == cat.PROBS_VALUE.value else None
+
+
 def score_tiling(rows: int, a: int, itemsize: int, hot: bool) -> Tile:
     """The tiles of a score of given values, as of `tiling`; `hot` where those are one-hot."""
     if not hot:
@@ -273,8 +294,8 @@ def draw(
     read = parameter(given, 1, bool(shape))
     allowed, layout, mask_row, mask_column = _mask_parameter(mask, given, bool(shape))
     source = state or NO_STATE
-    tight = form.value >= cat.ONE_HOT.value
-    tiles = tiling(total_rows, a, given.element_size(), tight=tight)
+    tiles = draw_tiling(total_rows, a, given.element_size(), form.value)
+    registers = most_registers_of_draw(tiles, form.value) if fast(given) else None
     with launching(given):
         draw_kernel[(tiles.programs,)](
             read.tensor, allowed, index, value, scores, entropies,
@@ -287,6 +308,7 @@ def draw(
             KIND=form.kind, INDEX=form.index, VALUE=form.value, SCORE=score, ENTROPY=entropy,
             HOST=source.pair is None, ADVANCE=source.ticket is not None, KEEP=used is not None,
             FAST=fast(given), num_warps=tiles.warps,
+            **({"maxnreg": registers} if registers else {}),
         )  # fmt: skip
     return index, value, scores, entropies, used
 

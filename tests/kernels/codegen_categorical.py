@@ -7,7 +7,8 @@ from fastprob.kernels import categorical as kernels
 from tests.kernels.machine import Case
 
 ROWS = 1 << 22
-RANDOM, MEDIAN, MODE = rows.RANDOM.value, rows.MEDIAN.value, rows.MODE.value
+RANDOM, MEDIAN = rows.RANDOM.value, rows.MEDIAN.value
+MODE, MEAN = rows.MODE.value, rows.MEAN.value
 # Targets a case is compiled for.
 EVERYWHERE, NVIDIA = "every target", "all of NVIDIA's"
 ONE_HOT, PROBS_VALUE = rows.ONE_HOT.value, rows.PROBS_VALUE.value
@@ -68,7 +69,7 @@ def draw(a: int, dtype: str, slots: float | None = None, where: str = "sm_90", *
     flags = {**flags}
     name = _name("draw", a, dtype, flags)
     value = flags.get("VALUE", 0)
-    tile = kernels.tiling(ROWS, a, _size(dtype), tight=value >= ONE_HOT)
+    tile = kernels.draw_tiling(ROWS, a, _size(dtype), value)
     given = {
         "MASK": -1, "PROBS": False, "KIND": RANDOM, "INDEX": True, "VALUE": 0, "SCORE": True,
         "ENTROPY": True, "KEEP": False, "SHARED": tile.shared, **flags,
@@ -89,7 +90,7 @@ def draw(a: int, dtype: str, slots: float | None = None, where: str = "sm_90", *
     return _case(
         name, kernels.draw_kernel, tile, a, dtype,
         _types(dtype, "i64" if value == ONE_HOT else dtype), given, wanted, moved, slots,
-        where, stored,
+        where, stored, kernels.most_registers_of_draw(tile, value),
     )  # fmt: skip
 
 
@@ -127,6 +128,11 @@ def backward(a: int, dtype: str, slots: float | None = None, where: str = "sm_90
     )  # fmt: skip
 
 
+# What a mean of one-hot vectors asks for.
+PROBABILITIES = {
+    "KIND": MEAN, "VALUE": PROBS_VALUE, "INDEX": False, "SCORE": False, "ENTROPY": False,
+}  # fmt: skip
+
 # KERNELS.md's limits: 33 for a draw at A = 18, 17 at A = 256. The others are what was measured and
 # up to 15% more; memory allows 7.8 slots for each byte.
 CASES = [
@@ -162,6 +168,8 @@ CASES = [
     draw(256, "fp32", 24, VALUE=ONE_HOT),
     draw(18, "fp32", 34, MASK=0),
     draw(18, "fp32", 28, PROBS=True),
+    draw(16383, "bf16", MASK=0, PROBS=True, where=NVIDIA, **PROBABILITIES),
+    draw(16383, "fp32", MASK=0, PROBS=True, where=NVIDIA, **PROBABILITIES),
     score(18, "fp32", 16.5),
     score(256, "fp32", 10, where=EVERYWHERE),
     score(256, "fp32", 20, HOT=True),
