@@ -16,7 +16,7 @@ PARTS = ("1/2", "2/2")
 
 @pytest.fixture(scope="module")
 def done() -> dict[str, CompletedProcess[str]]:
-    """The parts, run side by side: one core takes 8 minutes and more for the suite."""
+    """The parts, run side by side: 738 s on two cores with other work."""
     command = [sys.executable, "-m", "pytest", "-q", "tests/kernels", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     started = {}
