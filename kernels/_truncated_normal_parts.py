@@ -277,9 +277,9 @@ def probability(step, COUNT: tl.constexpr, RANDOM: tl.constexpr):
 
 
 @triton.constexpr_function
-def each(low, entropy):
-    """Elements that a thread has of a chunk of wide rows."""
-    return 4 if low >= 0 and entropy else 8
+def each(a, bits, low, entropy):
+    """Elements that a thread has of a chunk of wide rows, as `truncated_normal.forward_form`."""
+    return 4 if low >= 0 and entropy and (bits == 32 or a % 8 != 0) else 8
 
 
 @triton.jit

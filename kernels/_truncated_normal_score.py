@@ -99,7 +99,7 @@ def _score_rows(
     """OWN wide rows chunk by chunk; UNIT and LAST as of `_tile.wide_rows`."""
     start, skip, last, read, _ = tile.wide_rows(program, total_rows, A, OWN, UNIT, LAST)
     # See `truncated_normal.forward_form`; on AMD the sums take an exchange.
-    EACH: tl.constexpr = tn.each(LOW, ENTROPY)
+    EACH: tl.constexpr = tn.each(A, loc.dtype.element_ty.primitive_bitwidth, LOW, ENTROPY)
     THREADS: tl.constexpr = COUNT // EACH
     VECTOR: tl.constexpr = min(UNIT, EACH)
     i = tl.arange(0, COUNT)

@@ -39,7 +39,9 @@ from torch import Tensor
 
 from fastprob.kernels._halves import BLOCKS, EIGHTS, WHOLE
 from fastprob.kernels._launch import (
+    ALONE,
     NO_STATE,
+    SMALL,
     Grid,
     State,
     bounds_of,
@@ -52,6 +54,7 @@ from fastprob.kernels._launch import (
     launching,
     parameter,
     tail,
+    wide_grid,
 )
 from fastprob.kernels._truncated_normal_draw import MEAN, MEDIAN, MODE, RANDOM, draw_kernel
 from fastprob.kernels._truncated_normal_draw_backward import draw_backward_kernel
@@ -91,7 +94,7 @@ class Form(NamedTuple):
 
 
 def forward_form(
-    size: int, tensors: bool, entropy: bool, rows: int, a: int, amd: bool = False
+    size: int, tensors: bool, entropy: bool, rows: int, a: int, *, given: bool, amd: bool = False
 ) -> tuple[Grid, Form]:
     """The tiles and the form of kernels that sum rows: 8 elements a thread, 4 on AMD.
 
@@ -99,8 +102,10 @@ def forward_form(
     itself, and are all that one of 16 warps can have. In halves an element takes 6 to 9 issue slots
     more, which a draw and its score by themselves are spared: they take 122 registers whole. With
     all that can be asked, 8 elements take 2 to 4 more than there are: where 4 are the largest
-    vector, and of wide rows, a thread has 4, in tiles of 2048 at most, as of 4096 that would be 32
-    warps, with 64 registers each.
+    vector, and of wide rows that begin within one, a thread has 4, in tiles of 2048 at most, as of
+    4096 that would be 32 warps, with 64 registers each. Scores of given values in bf16 with all
+    that, 8 elements of wide rows, take up to 140 on sm_100, and 24 bytes of stack where they have
+    128; programs of 2 warps leave room for 14 warps.
 
     Args:
         size: bytes of an element of loc.
@@ -108,19 +113,24 @@ def forward_form(
         entropy: whether the entropy is wanted.
         rows: how many rows there are.
         a: their size.
+        given: whether values are given, not drawn.
         amd: whether it runs on AMD.
     """
     grid = forward_grid(rows, a)
-    full = tensors and entropy and (size == 4 or grid.wide or grid.tile % 8 != 0)
+    odd = (a if grid.wide else grid.tile) % 8 != 0
+    full = tensors and entropy and (size == 4 or odd)
     if full:
         grid = forward_grid(rows, a, larger=False)
+    most = given and tensors and entropy and grid.wide and not full
+    if most and rows >= ALONE:
+        grid = wide_grid(rows, a, *SMALL)
     if amd:
         return grid, Form(WHOLE, 2, 0)
     if full:
         return grid, Form(WHOLE, 4, 128)
     if not (tensors or entropy) and grid.warps <= 4:
         return grid, Form(WHOLE, 2, 128)
-    return grid, Form(EIGHTS if size == 2 else BLOCKS, 2, 128)
+    return grid, Form(EIGHTS if size == 2 else BLOCKS, 2, 144 if most else 128)
 
 
 def backward_form(size: int, amd: bool = False) -> Form:
@@ -211,7 +221,9 @@ def draw(
     clamped, clamp_lo, clamp_hi, clamp_low, clamp_high = bounds_of(clamp)
     source = state or NO_STATE
     tensors = isinstance(low, Tensor)
-    grid, form = forward_form(loc.element_size(), tensors, entropy, total_rows, a, _AMD)
+    grid, form = forward_form(
+        loc.element_size(), tensors, entropy, total_rows, a, given=False, amd=_AMD
+    )
     with launching(loc):
         draw_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, least, most, value, scores, entropies,
@@ -332,7 +344,9 @@ def score(
     (least, most), limits = _limits(low, high, ndims, bool(shape))
     given = mu if value is None else parameter(value, ndims, False)
     tensors = isinstance(low, Tensor)
-    grid, form = forward_form(loc.element_size(), tensors, entropy, total_rows, a, _AMD)
+    grid, form = forward_form(
+        loc.element_size(), tensors, entropy, total_rows, a, given=value is not None, amd=_AMD
+    )
     with launching(loc):
         score_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, least, most, given.tensor, scores, entropies,

@@ -193,6 +193,23 @@ def test_a_turn_of_a_loop_goes_from_its_branch_to_the_branch_target():
     assert machine.innermost_turn(LOOP[:5] + LOOP[6:], [0, 1, 2, 4, 5]) == []
 
 
+def test_the_turn_is_that_of_the_innermost_loop_that_takes_the_most_of_the_way():
+    listing = [
+        (0x00, "LDG.E.128 R4, [R2]"),
+        (0x10, "FADD R1, R1, R1"),
+        (0x20, "MUFU.RCP R1, R1"),
+        (0x30, "@P0 BRA 0x10"),
+        (0x40, "STG.E [R8], R4"),
+        (0x50, "@P1 BRA 0x40"),
+        (0x60, "@P2 BRA 0x00"),
+        (0x70, "EXIT"),
+    ]
+    way = machine.shortest_path(listing, ["LDG.128", "LDG.128", "STG.32"])
+    # Two turns of the outer loop, and in each one of the loop in it.
+    inner = [listing[i][1] for i in (1, 2, 3)]
+    assert machine.innermost_turn(listing, way) == inner * 2
+
+
 def test_the_shortest_way_leaves_out_a_slow_path():
     way = machine.shortest_way(
         [

@@ -77,7 +77,7 @@ def draw(
     nvidia: bool = False,
 ) -> Case:
     how = size_of(dtype), tensors, entropy, ROWS, a
-    grid, form = forward_form(*how)
+    grid, form = forward_form(*how, given=False)
     kernel = truncated_normal.draw_kernel
     random = kind == truncated_normal.RANDOM
     limits = _limits(kernel, dtype, tensors, clamp, entropy=entropy, state=random, ticket=random)
@@ -99,7 +99,7 @@ def draw(
             grid, a, dtype, **_read(a, dtype, tensors, clamp, 2, form.warps == 4),
             sums=1 + entropy, random=random, warps=form.warps * grid.warps,
         ),
-        **_form(form, forward_form(*how, amd=True)[1], grid.warps),
+        **_form(form, forward_form(*how, given=False, amd=True)[1], grid.warps),
         **forward(
             grid, a, dtype, **_read(a, dtype, tensors, clamp, 2), stores=1, sums=1 + entropy,
             warps=form.warps * grid.warps, random=random,
@@ -155,7 +155,7 @@ def score(
     nvidia: bool = False,
 ) -> Case:
     how = size_of(dtype), tensors, entropy, ROWS, a
-    grid, form = forward_form(*how)
+    grid, form = forward_form(*how, given=True)
     kernel = truncated_normal.score_kernel
     constants = {
         **tiling(grid, a), "LOC": 0, "SCALE": 0, "VALUE": 0, "SCORE": True, "ENTROPY": entropy,
@@ -169,7 +169,7 @@ def score(
             grid, a, dtype, **_read(a, dtype, tensors, 0, 3, form.warps == 4), sums=1 + entropy,
             warps=form.warps * grid.warps,
         ),
-        **_form(form, forward_form(*how, amd=True)[1], grid.warps),
+        **_form(form, forward_form(*how, given=True, amd=True)[1], grid.warps),
         **forward(
             grid, a, dtype, **_read(a, dtype, tensors, 0, 3), stores=0, sums=1 + entropy,
             warps=form.warps * grid.warps,
@@ -229,6 +229,8 @@ CASES = [
     draw(1500, "bf16", 163, nvidia=True),
     draw(1500, "fp32", 217, nvidia=True, **ALL),
     draw(1500, "bf16", nvidia=True, **ALL),
+    draw(1504, "bf16", 199, nvidia=True, **ALL),
+    draw(4096, "bf16", 192, nvidia=True, **ALL),
     draw_backward(8, "fp32", 181, everywhere=True),
     draw_backward(8, "bf16", 184, everywhere=True),
     draw_backward(8, "bf16", 198, tensors=True, everywhere=True),
@@ -242,6 +244,8 @@ CASES = [
     score(600, "fp32", 164, nvidia=True, tensors=True, entropy=True),
     score(1025, "fp32", 170, nvidia=True, tensors=True, entropy=True),
     score(1500, "bf16", nvidia=True, tensors=True, entropy=True),
+    score(1504, "bf16", 134, nvidia=True, tensors=True, entropy=True),
+    score(4096, "bf16", 119, nvidia=True, tensors=True, entropy=True),
     score_backward(8, "fp32", 122, everywhere=True),
     score_backward(17, "bf16", 154),
     score_backward(8, "bf16", 131, to_value=True, everywhere=True),

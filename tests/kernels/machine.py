@@ -181,16 +181,26 @@ def shortest_way(instructions: list[tuple[int, str]]) -> list[str]:
 
 
 def innermost_turn(instructions: list[tuple[int, str]], path: list[int]) -> list[str]:
-    """What a turn of the shortest loop on a way consists of: from a branch's target to it."""
+    """What a turn of an innermost loop on a way consists of: from a branch's target to it.
+
+    Of several, such as that of halves and the one of the ends of wide rows, the one that takes the
+    most of the way; each time that the way goes through it counts.
+    """
     index = {address: i for i, (address, _) in enumerate(instructions)}
-    turns = []
+    loops = set()
     for end in path:
         text = instructions[end][1]
         found = re.search(r"(0x[0-9a-f]+)", text) if "BRA" in _split(text)[1] else None
         first = index.get(int(found[1], 16)) if found else None
         if first is not None and first <= end and first in path:
-            turns.append([instructions[i][1] for i in path if first <= i <= end])
-    return min(turns, key=len, default=[])
+            loops.add((first, end))
+    inner = [
+        (first, end)
+        for first, end in loops
+        if not any(first <= f and e <= end and (f, e) != (first, end) for f, e in loops)
+    ]
+    turns = [[instructions[i][1] for i in path if first <= i <= end] for first, end in inner]
+    return max(turns, key=len, default=[])
 
 
 def shortest_path(instructions: list[tuple[int, str]], through: Sequence[str] = ()) -> list[int]:
