@@ -84,9 +84,12 @@ class Tile(NamedTuple):
     warps: int
 
 
-# Longest rows of a tile, and of one whose elements change places. Chunks of 4096 would be empty for
-# a good part: a draw at A = 2049 takes 23.3 issue slots an element, in a chunk 64.
+# Longest rows of a tile: of kernels that read a row twice where it does not stay in registers, and
+# of others, whose programs of one warp each take fewer issue slots than a tile of longer rows: a
+# draw in fp32 26.5 at A = 2049 where a tile takes 23.3, at 4097 18.1 and 24.7, at 8191 14.0 and
+# 23.8. And where rows are few, or of scores of one-hot vectors: 27.9 at A = 2049, in a tile 38.4.
 SPLIT_MOST = 8192
+SPLIT_MOST_OF_ONCE = 2560
 SPLIT_MOST_OF_FEW = 2048
 GATHER_MOST = 96
 GATHER_MOST_BACKWARD = 32
@@ -94,26 +97,32 @@ GATHER_MOST_BACKWARD = 32
 SHIFTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 if not SHIFTS:
     GATHER_MOST = GATHER_MOST_BACKWARD = 1024
-    SPLIT_MOST = SPLIT_MOST_OF_FEW
+    SPLIT_MOST = SPLIT_MOST_OF_ONCE = SPLIT_MOST_OF_FEW
 # So do rows of powers of two with what a thread holds under 3.7, 64 elements of a row or 32 of
 # several: by 160 bytes a draw at A = 256, 256 a score, 584 one of vectors, 8 a draw at A = 8.
 HELD_MOST, HELD_OF_SHORT = (64, 32) if SHIFTS else (32, 16)
 # Elements of a row in the registers of a thread, for a backward pass, and for a score of one-hot
 # vectors whose size is no power of two, which has 8 bytes more of each: with 64 it had a stack of
-# 2584 bytes at A = 257. Longer rows of those would take 16 warps, with 128 registers for a thread,
-# and up to 96 bytes of stack.
+# 2584 bytes at A = 257.
 HELD_BACKWARD = 32
 HELD_OF_HOT = 24
-SPLIT_MOST_OF_HOT = 4096
-# A chunk of a longer row and the warps of its program: 32 elements of a thread. 16 take 17.8 issue
-# slots an element in place of 13.1 at A = 32768. Fewer rows than these get more warps each.
-CHUNK = (4096, 4)
-CHUNK_OF_FEW = (16384, 16)
+# Chunks of a longer row and the warps of its program: 32 elements of a thread, or 16. One warp
+# sums up without an exchange: a turn of the draw's loop takes 9.7 issue slots an element in place
+# of 10.9 at A = 32767. A table of more sums than these would fill its registers. Where rows are
+# read twice, the rows of all programs should stay in the second cache meanwhile, so that they have
+# the largest chunks of which little is empty.
+CHUNKS = ((4096, 4), (2048, 2), (1024, 1))
+MOST_CHUNKS = 64
+# Fewer rows than these get more warps each: the more, the fewer rows there are.
+FEW_CHUNKED = 2112
 FEW_WIDE = 528
+WARPS_OF_FEW = 16
 
 
 @functools.lru_cache(maxsize=4096)
-def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False) -> Tile:
+def tiling(
+    rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False, once: bool = False
+) -> Tile:
     """The tiles for `rows` rows of `a` categories of `itemsize` bytes.
 
     Args:
@@ -125,32 +134,37 @@ def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False
         tight: whether a GATHER tile is to be full rather than its threads busy. Without a store of
             a tile's elements busy threads take fewer issue slots: 25.0 and 31.1 at A = 18; with
             one, full tiles do.
+        once: whether a kernel reads rows in chunks no second time.
     """
     power = a & (a - 1) == 0
     vector = 16 // itemsize
     # Rows begin at whole vectors, or wherever they do.
     begin = vector if a % vector else 0
-    most = SPLIT_MOST if rows >= FEW_WIDE else SPLIT_MOST_OF_FEW
-    most = min(most, SPLIT_MOST_OF_HOT) if held == HELD_OF_HOT else most
+    need = a + max(begin - 1, 0)
+    most = SPLIT_MOST
+    if rows < FEW_WIDE or held == HELD_OF_HOT:
+        most = SPLIT_MOST_OF_FEW
+    elif once and rows >= FEW_CHUNKED:
+        most = SPLIT_MOST_OF_ONCE
     if a > (most if power or SHIFTS else GATHER_MOST):
-        count, warps = CHUNK if rows >= FEW_WIDE else CHUNK_OF_FEW
-        count = count if held > HELD_BACKWARD else count // 2
-        chunks = triton.next_power_of_2(-(-(a + max(begin - 1, 0)) // count))
+        count, warps = _chunk(rows, a, need, 1 if held > HELD_BACKWARD else 2, once)
+        chunks = triton.next_power_of_2(-(-need // count))
         return Tile(rows, count, 1, 1, 1, 0, 1, begin, False, chunks, warps)
     piece = reps = 0
     if power:
         # A thread of its own for each row of up to 64 bytes, 64 elements of a row at the most.
         beside = 1 if a * itemsize <= 64 else 2
-        least = triton.next_power_of_2(-(-a * vector // min(held, HELD_MOST)))
+        held = min(triton.next_power_of_2(held), HELD_MOST)
+        least = triton.next_power_of_2(-(-a * vector // held))
         lanes = min(a, max(vector * beside, least))
         threads = max(1, lanes // vector)
         begin = 0
     elif a > (GATHER_MOST if held > HELD_BACKWARD else GATHER_MOST_BACKWARD):
         threads = 2
-        while -(-(a + max(begin - 1, 0)) // (threads * vector)) * vector > held * 5 // 4:
+        while -(-need // (threads * vector)) * vector > held * 5 // 4:
             threads *= 2
         lanes = threads * vector
-        reps = -(-(a + max(begin - 1, 0)) // lanes)
+        reps = -(-need // lanes)
     else:
         begin = 0
         # Odd, so that threads read different banks of shared memory.
@@ -177,16 +191,38 @@ def tiling(rows: int, a: int, itemsize: int, held: int = 64, tight: bool = False
     return Tile(-(-rows // own), count, rep, tile_rows, lanes, piece, own, begin, shared, 0, warps)
 
 
-def draw_tiling(rows: int, a: int, itemsize: int, value: int) -> Tile:
+def _chunk(rows: int, a: int, need: int, halves: int, once: bool) -> tuple[int, int]:
+    """The chunks of a long row and the warps of its program, see CHUNKS.
+
+    Args:
+        rows: number of rows.
+        a: categories.
+        need: places of a row, those in front of it in a vector among them.
+        halves: 2 for chunks of half the size.
+        once: as of `tiling`.
+    """
+    if rows < FEW_WIDE:
+        count = min(max(triton.next_power_of_2(need), 4096), 16384)
+        return count // halves, WARPS_OF_FEW
+    choices = [(count // halves, warps) for count, warps in CHUNKS]
+    if rows < FEW_CHUNKED:
+        return choices[0]
+    if once:
+        return next((c for c in choices[::-1] if need <= MOST_CHUNKS * c[0]), choices[0])
+    full = (c for c in choices if a * 8 >= -(-need // c[0]) * c[0] * 7)
+    return next(full, choices[-1])
+
+
+def draw_tiling(rows: int, a: int, itemsize: int, value: int, twice: bool) -> Tile:
     """The tiles of a draw with a `value` of `Form`, as of `tiling`.
 
     Of probabilities a chunk is half as large: those of masked weights in bf16 had 80 bytes of stack
-    at A = 16383.
+    at A = 16383. They are read again, as are weights whose entropy is wanted, where `twice`.
     """
-    tiles = tiling(rows, a, itemsize, tight=value >= cat.ONE_HOT.value)
-    if tiles.chunks and value == cat.PROBS_VALUE.value:
-        return tiling(rows, a, itemsize, HELD_BACKWARD)
-    return tiles
+    values = value == cat.PROBS_VALUE.value
+    once = not (twice or values)
+    tiles = tiling(rows, a, itemsize, tight=value >= cat.ONE_HOT.value, once=once)
+    return tiling(rows, a, itemsize, HELD_BACKWARD) if tiles.chunks and values else tiles
 
 
 def most_registers_of_draw(tiles: Tile, value: int) -> int | None:
@@ -198,11 +234,19 @@ def most_registers_of_draw(tiles: Tile, value: int) -> int | None:
     return 128 if tiles.chunks and value == cat.PROBS_VALUE.value else None
 
 
-def score_tiling(rows: int, a: int, itemsize: int, hot: bool) -> Tile:
-    """The tiles of a score of given values, as of `tiling`; `hot` where those are one-hot."""
+def score_tiling(rows: int, a: int, itemsize: int, hot: bool, twice: bool) -> Tile:
+    """The tiles of a score of given values, as of `tiling`.
+
+    Args:
+        rows: number of rows.
+        a: categories.
+        itemsize: bytes of one.
+        hot: whether values are one-hot.
+        twice: whether the entropy of weights is wanted, which reads them again.
+    """
     if not hot:
-        return tiling(rows, a, itemsize)
-    return tiling(rows, a, itemsize, HELD_BACKWARD if a & (a - 1) == 0 else HELD_OF_HOT)
+        return tiling(rows, a, itemsize, once=not twice)
+    return tiling(rows, a, itemsize, HELD_OF_HOT, once=not twice)
 
 
 def most_registers(tiles: Tile, hot: bool) -> int | None:
@@ -215,7 +259,7 @@ def most_registers(tiles: Tile, hot: bool) -> int | None:
     if not tiles.chunks:
         return None
     # 65,536 registers of a multiprocessor, 16 warps of a program that has few beside it.
-    return 128 if hot or tiles.warps > CHUNK[1] else 255
+    return 128 if hot or tiles.warps == WARPS_OF_FEW else 255
 
 
 class Form(NamedTuple):
@@ -294,7 +338,7 @@ def draw(
     read = parameter(given, 1, bool(shape))
     allowed, layout, mask_row, mask_column = _mask_parameter(mask, given, bool(shape))
     source = state or NO_STATE
-    tiles = draw_tiling(total_rows, a, given.element_size(), form.value)
+    tiles = draw_tiling(total_rows, a, given.element_size(), form.value, probs and entropy)
     registers = most_registers_of_draw(tiles, form.value) if fast(given) else None
     with launching(given):
         draw_kernel[(tiles.programs,)](
@@ -362,7 +406,7 @@ def score(
     else:
         asked = read if value is None else parameter(value.contiguous(), 0, False)
     hot = hot and value is not None
-    tiles = score_tiling(total_rows, a, given.element_size(), hot)
+    tiles = score_tiling(total_rows, a, given.element_size(), hot, probs and entropy)
     registers = most_registers(tiles, hot) if fast(given) else None
     with launching(given):
         score_kernel[(tiles.programs,)](

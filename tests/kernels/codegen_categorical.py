@@ -69,11 +69,13 @@ def draw(a: int, dtype: str, slots: float | None = None, where: str = "sm_90", *
     flags = {**flags}
     name = _name("draw", a, dtype, flags)
     value = flags.get("VALUE", 0)
-    tile = kernels.draw_tiling(ROWS, a, _size(dtype), value)
     given = {
         "MASK": -1, "PROBS": False, "KIND": RANDOM, "INDEX": True, "VALUE": 0, "SCORE": True,
-        "ENTROPY": True, "KEEP": False, "SHARED": tile.shared, **flags,
+        "ENTROPY": True, "KEEP": False, **flags,
     }  # fmt: skip
+    twice = given["PROBS"] and given["ENTROPY"]
+    tile = kernels.draw_tiling(ROWS, a, _size(dtype), value, twice)
+    given["SHARED"] = tile.shared
     random = given["KIND"] == RANDOM
     given.update(HOST=not random, ADVANCE=random)
     if given.get("GIVEN", 0) >= 4:
@@ -98,11 +100,11 @@ def score(a: int, dtype: str, slots: float | None = None, where: str = "sm_90", 
     """Score and entropy of stored indices; of int64 one-hot vectors where HOT."""
     name = _name("score", a, dtype, flags)
     hot = flags.get("HOT", False)
-    tile = kernels.score_tiling(ROWS, a, _size(dtype), hot)
     given = {
         "MASK": -1, "PROBS": False, "VALUE": 0, "HOT": False, "INDEX": False, "SCORE": True,
         "ENTROPY": True, **flags,
     }  # fmt: skip
+    tile = kernels.score_tiling(ROWS, a, _size(dtype), hot, given["PROBS"] and given["ENTROPY"])
     wanted = {"mask": given["MASK"] >= 0, "index": given["INDEX"]}
     moved = _size(dtype) + 8 * given["HOT"] + (8 * (not given["HOT"]) + 2 * _size(dtype)) / a
     return _case(

@@ -305,20 +305,27 @@ def test_what_has_no_probability_is_never_drawn(a, device):
         assert (weights.gather(-1, index.unsqueeze(-1)) > 0).all()
 
 
-@pytest.fixture
-def many_rows():
-    """Rows are laid out as in a batch of thousands: those of 2049 to 8192 categories in tiles."""
+@pytest.fixture(params=["hundreds", "thousands"])
+def many_rows(request):
+    """Rows are laid out as in a batch of so many: those of 2561 to 8192 categories in tiles, or
+    those that are read once in chunks of programs of one warp."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "FEW_WIDE", 0)
+        if request.param == "thousands":
+            patch.setattr(kernels, "FEW_CHUNKED", 0)
         kernels.tiling.cache_clear()
-        yield
+        yield request.param
     kernels.tiling.cache_clear()
 
 
-@pytest.mark.parametrize("a", [2049, 4096, 5003, 8191])
+@pytest.mark.parametrize("a", [2049, 4096, 5003, 8191, 9001])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long_rows_of_many(a, dtype, many_rows, device):
-    assert kernels.tiling(3, a, dtype.itemsize).chunks == 0
+    once = kernels.tiling(3, a, dtype.itemsize, once=True)
+    chunked = a > (8192 if many_rows == "hundreds" else 2560)
+    assert (once.chunks > 0, kernels.tiling(3, a, dtype.itemsize).chunks > 0) == (chunked, a > 8192)
+    if chunked:
+        assert once.warps == (4 if many_rows == "hundreds" else 1)
     errors = Errors()
     logits = logits_of((3, a), dtype, device)
     other = 0
@@ -654,12 +661,23 @@ def test_more_than_2_to_the_31_elements_are_addressed(device):
     assert 0 <= int(index[-1]) < a and math.isclose(score[-1], -math.log(a), rel_tol=1e-2)
 
 
+@pytest.mark.parametrize("held", [64, kernels.HELD_BACKWARD, kernels.HELD_OF_HOT])
+@pytest.mark.parametrize("once", [False, True])
+def test_large_batches_leave_few_places_of_their_chunks_empty(held, once):
+    for itemsize in (2, 4):
+        for a in range(8193, 70_000):
+            tiles = kernels.tiling(1 << 20, a, itemsize, held, once=once)
+            used = a / (-(-(a + max(tiles.vector - 1, 0)) // tiles.count) * tiles.count)
+            assert used >= 7 / 8
+
+
 def test_tiles_hold_all_rows():
     more = 100, 255, 256, 257, 1000, 1023, 1024, 1025, 2047, 2048, 2049, 8192, 16383, 32768, 50257
     for a in (*range(1, 70), *more):
-        for rows, itemsize, tight in itertools.product((1, 5, 10**5), (2, 4), (False, True)):
+        flags = itertools.product((1, 5, 1000, 10**5), (2, 4), (False, True), (False, True))
+        for rows, itemsize, tight, once in flags:
             held = (kernels.HELD_BACKWARD, kernels.HELD_OF_HOT)[rows == 5] if tight else 64
-            tiles = kernels.tiling(rows, a, itemsize, held, tight)
+            tiles = kernels.tiling(rows, a, itemsize, held, tight, once)
             sizes = tiles.rep, tiles.rows, tiles.lanes, tiles.count
             # Ranges of the kernels; lanes of a GATHER and a chunk that is none are no such.
             assert all(n & (n - 1) == 0 for n in sizes if n and not tiles.piece)
