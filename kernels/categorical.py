@@ -117,6 +117,8 @@ MOST_CHUNKS = 64
 FEW_CHUNKED = 2112
 FEW_WIDE = 528
 WARPS_OF_FEW = 16
+# 65,536 of a multiprocessor for 16 warps.
+REGISTERS_OF_FEW = 128
 
 
 @functools.lru_cache(maxsize=4096)
@@ -229,9 +231,17 @@ def most_registers_of_draw(tiles: Tile, value: int) -> int | None:
     """The most registers of a draw on NVIDIA's GPUs, None for the assembler's own choice.
 
     That is 72 for the probabilities of masked weights in fp32 at A = 16383 on sm_100, and 16 bytes
-    of stack; told 128, none.
+    of stack. Of those in bf16 with index, score and entropy, at A = 8193, 128 leave as many bytes
+    of stack, 168 none.
     """
-    return 128 if tiles.chunks and value == cat.PROBS_VALUE.value else None
+    if tiles.chunks and value == cat.PROBS_VALUE.value:
+        return REGISTERS_OF_FEW if tiles.warps == WARPS_OF_FEW else 168
+    return None
+
+
+def most_registers_of_backward(tiles: Tile) -> int | None:
+    """The same of a gradient: of weights in fp32 at A = 8193 it takes 96, and 8 bytes of stack."""
+    return REGISTERS_OF_FEW if tiles.chunks else None
 
 
 def score_tiling(rows: int, a: int, itemsize: int, hot: bool, twice: bool) -> Tile:
@@ -258,8 +268,7 @@ def most_registers(tiles: Tile, hot: bool) -> int | None:
     """
     if not tiles.chunks:
         return None
-    # 65,536 registers of a multiprocessor, 16 warps of a program that has few beside it.
-    return 128 if hot or tiles.warps == WARPS_OF_FEW else 255
+    return REGISTERS_OF_FEW if hot or tiles.warps == WARPS_OF_FEW else 255
 
 
 class Form(NamedTuple):
@@ -464,6 +473,7 @@ def backward(
             grad_value.contiguous() if mean_index else grad_value, 0 if mean_index else 1, False
         )
     tiles = tiling(total_rows, a, given.element_size(), HELD_BACKWARD, True)
+    registers = most_registers_of_backward(tiles) if fast(given) else None
     with launching(given):
         backward_kernel[(tiles.programs,)](
             upstream.tensor, tail(grad_score), tail(grad_entropy), read.tensor, allowed, index,
@@ -474,5 +484,6 @@ def backward(
             GIVEN=read.layout, MASK=layout, VALUE=upstream.layout, PROBS=probs,
             EPS=_of_weights(given), BY_VALUE=by_value, BY_SCORE=grad_score is not None,
             BY_ENTROPY=grad_entropy is not None, FAST=fast(given), num_warps=tiles.warps,
+            **({"maxnreg": registers} if registers else {}),
         )  # fmt: skip
     return grad

@@ -126,7 +126,7 @@ def backward(a: int, dtype: str, slots: float | None = None, where: str = "sm_90
     moved = read * _size(dtype) + (8 + 2 * _size(dtype)) / a
     return _case(
         name, kernels.backward_kernel, tile, a, dtype, _types(dtype), given, wanted, moved, slots,
-        where, _size(dtype),
+        where, _size(dtype), kernels.most_registers_of_backward(tile),
     )  # fmt: skip
 
 
