@@ -234,14 +234,21 @@ def most_registers_of_draw(tiles: Tile, value: int) -> int | None:
     of stack. Of those in bf16 with index, score and entropy, at A = 8193, 128 leave as many bytes
     of stack, 168 none.
     """
-    if tiles.chunks and value == cat.PROBS_VALUE.value:
-        return REGISTERS_OF_FEW if tiles.warps == WARPS_OF_FEW else 168
-    return None
+    return _most_of_probs(tiles) if value == cat.PROBS_VALUE.value else None
 
 
 def most_registers_of_backward(tiles: Tile) -> int | None:
-    """The same of a gradient: of weights in fp32 at A = 8193 it takes 96, and 8 bytes of stack."""
-    return REGISTERS_OF_FEW if tiles.chunks else None
+    """The same of a gradient: of weights at A = 8193 on sm_100 it takes 96, and 8 bytes of stack.
+
+    128 leave 40 bytes in bf16, 168 none.
+    """
+    return _most_of_probs(tiles)
+
+
+def _most_of_probs(tiles: Tile) -> int | None:
+    if not tiles.chunks:
+        return None
+    return REGISTERS_OF_FEW if tiles.warps == WARPS_OF_FEW else 168
 
 
 def score_tiling(rows: int, a: int, itemsize: int, hot: bool, twice: bool) -> Tile:

@@ -38,6 +38,7 @@ def _size(dtype: str) -> int:
 def _case(
     name, kernel, tile, a, dtype, types, flags, wanted, moved, slots, where, stored, registers=None
 ):  # fmt: skip
+    """A case; slots of rows in chunks are asked of kernels with one loop over them alone."""
     constants = {
         "A": a, "COUNT": tile.count, "REP": tile.rep, "ROWS": tile.rows, "LANES": tile.lanes,
         "PIECE": tile.piece, "OWN": tile.own, "VECTOR": tile.vector, "CHUNKS": tile.chunks,
@@ -45,17 +46,19 @@ def _case(
         **dict.fromkeys((n for n, needed in wanted.items() if not needed), None),
     }  # fmt: skip
     wide = tile.chunks > 0
-    elements = tile.count if wide else tile.own * a
+    elements = a if wide else tile.own * a
     # Rows of less than 16 bytes are read whole.
     whole = wide or bool(tile.piece) or a * _size(dtype) >= 16
-    vectors = elements * _size(dtype) // (32 * tile.warps) // 16 if whole else 0
+    held = tile.count if wide else elements
+    vectors = held * _size(dtype) // (32 * tile.warps) // 16 if whole else 0
+    need = a + max(tile.vector - 1, 0)
     if tile.vector:
         # What lies at the ends of a row is written one element at a time.
         stored = stored * max(0, a // tile.lanes - 1) * tile.lanes // a if not wide else stored
     return Case(
         f"categorical-{name}", kernel, types, constants, tile.warps, elements, moved,
-        None if wide else slots, everywhere=where == EVERYWHERE, nvidia=where == NVIDIA,
-        registers=registers,
+        slots, everywhere=where == EVERYWHERE, nvidia=where == NVIDIA, registers=registers,
+        turns=-(-need // tile.count) if wide else 1, through=("LDG.128",) if wide else (),
         accesses=(vectors, vectors * stored // _size(dtype)),
     )  # fmt: skip
 
