@@ -19,6 +19,8 @@ FLAT, REPEATED, STRIDED, STRIDED_REPEATED = range(4)
 # thread take 38 issue slots an element in place of 33, 32 a thread 124 registers.
 LARGE = (2048, 4)
 LARGER = (4096, 8)
+# Of kernels whose programs should be of 4 warps, with 8 elements a thread.
+MEDIUM = (1024, 2)
 # Fewer than 264 large tiles would leave multiprocessors of an H200 (132) with one or none.
 SMALL = (512, 1)
 FEW = 264 * 2048
@@ -58,37 +60,40 @@ class Grid(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def forward_grid(rows: int, a: int, larger: bool = True) -> Grid:
+def forward_grid(rows: int, a: int, vector: int, most: int = LARGER[0]) -> Grid:
     """The tiles for `rows` rows of `a` elements, whose rows are summed.
 
     Args:
         rows: how many there are.
         a: their size.
-        larger: whether a tile may have 4096 elements.
+        vector: elements of 128 bits, 4 or 8.
+        most: elements of the largest tile: 1024, 2048 or 4096.
     """
     few = rows * a < FEW
-    if a & (a - 1) == 0 and a <= LARGE[0]:
-        count, warps = SMALL if few and a <= SMALL[0] else LARGE
+    sizes = [size for size in (LARGE, LARGER) if size[0] <= most] or [MEDIUM]
+    large = sizes[0]
+    if a & (a - 1) == 0 and a <= large[0]:
+        count, warps = SMALL if few and a <= SMALL[0] else large
         own = count // a
         return Grid(-(-rows // own), count, count, own, own, False, False, warps)
     if a * 4 <= LARGER[0]:
-        sizes = (SMALL, LARGE, LARGER) if few else (LARGE, LARGER)
-        sizes = sizes if larger else sizes[:-1]
-        # Whole rows, a multiple of 4: a tile begins with a group of the noise. The smallest tile
-        # that is at least seven eighths full. Else as many as fit, with up to 3 elements in front
-        # of them, see `_tile.begin`: the Normal's draw takes 38 issue slots an element that way at
+        sizes = [SMALL, *sizes] if few else sizes
+        # Whole rows that are whole vectors. The smallest tile that is at least seven eighths full;
+        # of few rows rather a small one. Else as many as fit, with part of a vector in front of
+        # them, see `_tile.begin`: the Normal's draw takes 38 issue slots an element that way at
         # A = 257, 47 without.
-        fitting = [(count // a // 4 * 4, count, warps) for count, warps in sizes]
-        fitting = [s for s in fitting if s[0] * a * 8 >= s[1] * 7]
+        even = vector // math.gcd(a, vector)
+        fitting = [(count // a // even * even, count, warps) for count, warps in sizes]
+        fitting = [s for s in fitting if s[0] * a * 8 >= s[1] * (6 if few else 7)]
         if not fitting:
-            fitting = [((count - 3) // a, count, warps) for count, warps in sizes]
+            fitting = [((count - vector + 1) // a, count, warps) for count, warps in sizes]
             fitting = [max(fitting, key=lambda s: (s[0] > 1, s[0] * a / s[1]))]
         own, count, warps = fitting[0]
         if own * a * 8 >= count * 7 or (rows < ALONE and own > 1):
             padded = triton.next_power_of_2(own)
             return Grid(-(-rows // own), count, own * a, padded, own, True, False, warps)
-    if rows < ALONE or a % LARGE[0] == 0:
-        return Grid(rows, LARGE[0], a, 1, 1, False, True, LARGE[1])
+    if rows < ALONE or a % large[0] == 0:
+        return Grid(rows, large[0], a, 1, 1, False, True, large[1])
     return wide_grid(rows, a, *SMALL)
 
 
@@ -253,6 +258,11 @@ def bounds_of(clamp: Any) -> tuple[int, float | None, float | None, Any, Any]:
     if clamp.kind == 1:
         return 1, float(clamp.limits[0]), float(clamp.limits[1]), None, None
     return 2, None, None, clamp.low, clamp.high
+
+
+def vector_of(*dtypes: torch.dtype) -> int:
+    """Elements that the vectors of all of them are whole multiples of, as of `_tile.vector`."""
+    return 8 if min(dtype.itemsize for dtype in dtypes) <= 2 else 4
 
 
 def fast(x: Tensor) -> bool:

@@ -4,11 +4,11 @@ A program handles `COUNT` elements in their flat order, so that noise is drawn f
 four whatever the size A of a row is. Three layouts, chosen at launch:
 
 - A a power of two: COUNT / A whole rows, summed as a 2-D tile.
-- GATHER, any other A up to COUNT / 4: as many whole rows as fit, a multiple of 4 of them, so that
-  a tile begins with a group; where that leaves an eighth of the tile empty, as many as fit with up
-  to 3 elements in front of them, see `begin`. Their sums come from a gather: 31 to 40 issue slots
-  an element for the Normal, where a tile padded to a power of two takes 116 at A = 17 and 128 at
-  A = 33.
+- GATHER, any other A up to COUNT / 4: as many whole rows as fit, of a number that makes whole
+  vectors of 128 bits, with which a tile begins; where that leaves an eighth of the tile empty, as
+  many as fit with part of a vector in front of them, see `begin`. Their sums come from a gather:
+  31 to 40 issue slots an element for the Normal, where a tile padded to a power of two takes 116 at
+  A = 17 and 128 at A = 33.
 - WIDE, of long rows: a program goes over one chunk by chunk, or over several, one behind the other,
   where their chunks would be empty for a good part. Chunks begin with a vector whatever A is, see
   `wide_rows`.
@@ -24,32 +24,32 @@ import triton.language as tl
 
 
 @triton.jit
-def begin(program, TILE: tl.constexpr):
-    """Where a tile of whole rows begins: with a group of the noise, so that vectors are whole.
+def begin(program, TILE: tl.constexpr, UNIT: tl.constexpr):
+    """Where a tile of whole rows begins: with a vector of UNIT elements, and a group of the noise.
 
-    Where rows end within a group, that is up to 3 elements before the first row.
+    Where rows end within a vector, that is up to UNIT - 1 elements before the first row.
 
     Returns:
-        int64 flat index of the first element, a multiple of 4, and int32 that of the first row in
-        the tile.
+        int64 flat index of the first element, a multiple of UNIT, and int32 that of the first row
+        in the tile.
     """
     first = program * TILE
-    if TILE % 4 == 0:
+    if TILE % UNIT == 0:
         return first, 0
     else:
-        return first // 4 * 4, (first % 4).to(tl.int32)
+        return first // UNIT * UNIT, (first % UNIT).to(tl.int32)
 
 
 @triton.jit
-def kept(lead, TILE: tl.constexpr, COUNT: tl.constexpr):
-    """How many elements a tile of which all exist stores: all that its first groups have.
+def kept(lead, TILE: tl.constexpr, COUNT: tl.constexpr, UNIT: tl.constexpr):
+    """How many elements a tile of which all exist stores: all that its first vectors have.
 
-    A group that two tiles share is stored by the later one.
+    A vector that two tiles share is stored by the later one.
     """
-    if TILE % 4 == 0:
+    if TILE % UNIT == 0:
         return COUNT
     else:
-        return (lead + TILE) // 4 * 4
+        return (lead + TILE) // UNIT * UNIT
 
 
 @triton.constexpr_function
@@ -65,8 +65,9 @@ def lanes(count, rows):
 
 @triton.jit
 def sum_rows(
-    x, A: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, GATHER: tl.constexpr, lead=0
-):
+    x, A: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, OWN: tl.constexpr,
+    GATHER: tl.constexpr, lead=0,
+):  # fmt: skip
     """Sums the rows of a flat tile.
 
     Args:
@@ -74,6 +75,7 @@ def sum_rows(
         A: size of a row.
         COUNT: size of the tile.
         ROWS: number of rows in it; for the gather, the next power of two.
+        OWN: that number.
         GATHER: whether A is no power of two.
         lead: where the first row begins, for the gather.
 
@@ -83,11 +85,10 @@ def sum_rows(
     if GATHER:
         # Rows and columns that the tile does not have take the last ones, which spares masks: 58.1
         # issue slots for TanhNormal at A = 257 become 56.8. Those rows are not stored.
-        LAST: tl.constexpr = (COUNT // A if A % 4 == 0 else (COUNT - 3) // A) - 1
         LANES: tl.constexpr = lanes(COUNT, ROWS)
         STEPS: tl.constexpr = triton.next_power_of_2(A) // LANES
         step = tl.arange(0, STEPS)[:, None, None]
-        row = tl.minimum(tl.arange(0, ROWS), LAST)[None, :, None]
+        row = tl.minimum(tl.arange(0, ROWS), OWN - 1)[None, :, None]
         column = tl.arange(0, LANES)[None, None, :] + step * LANES
         source = row * A + lead + tl.minimum(column, A - 1)
         taken = tl.gather(x, tl.reshape(source, [STEPS * ROWS * LANES]), 0)
@@ -260,7 +261,7 @@ def store(ptr, start, x, i, inside, COUNT: tl.constexpr, TILE: tl.constexpr, WHO
     elif TILE == COUNT:
         tl.store(ptr + start + i, x)
     else:
-        # TILE is a multiple of 4, so that vectors are kept.
+        # TILE is a multiple of a vector.
         tl.store(ptr + start + i, x, mask=i < TILE)
 
 

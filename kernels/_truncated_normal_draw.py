@@ -114,6 +114,7 @@ def _draw_tile(
     """
     SIZE: tl.constexpr = COUNT // 2 if CUT else COUNT
     TURNS: tl.constexpr = 2 if CUT else 1
+    UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
     i = tl.arange(0, COUNT)
     inside = i < read
     stored = i < kept
@@ -151,7 +152,7 @@ def _draw_tile(
             clamp_low, clamp_high, clamp_lo, clamp_hi, start, i, A, COUNT, CLAMP
         )
         drawn = tile.clamp(drawn.to(tl.float32), bottom, top)
-    tile.store(value, start, drawn, i, stored, COUNT, TILE, WHOLE and TILE % 4 == 0)
+    tile.store(value, start, drawn, i, stored, COUNT, TILE, WHOLE and TILE % UNIT == 0)
     energies = halves.joined_terms(energy0, energy1, COUNT, CUT)
     entropies = halves.joined_terms(terms0, terms1, COUNT, CUT)
     return energies, entropies
@@ -170,7 +171,7 @@ def _draw_rows(
     """OWN wide rows chunk by chunk; UNIT and LAST as of `_tile.wide_rows`."""
     start, skip, last, read, kept = tile.wide_rows(program, total_rows, A, OWN, UNIT, LAST)
     # See `truncated_normal.forward_form`; on AMD the sums take an exchange.
-    EACH: tl.constexpr = tn.each(A, loc.dtype.element_ty.primitive_bitwidth, LOW, ENTROPY)
+    EACH: tl.constexpr = tn.each(loc.dtype.element_ty.primitive_bitwidth, LOW, ENTROPY)
     THREADS: tl.constexpr = COUNT // EACH
     VECTOR: tl.constexpr = min(UNIT, EACH)
     i = tl.arange(0, COUNT)
@@ -221,8 +222,8 @@ def draw_kernel(
     program = tl.program_id(0).to(tl.int64)
     if KIND == _RANDOM:
         seed, call = random.open_state(state, seed, call, HOST)
+    UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
     if WIDE:
-        UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
         if A % UNIT == 0 or (program + 1) * OWN < total_rows:
             _draw_rows(
                 loc, scale, low, high, value, score, entropy, lo, hi,
@@ -242,12 +243,12 @@ def draw_kernel(
                 UNIT, True,
             )  # fmt: skip
     else:
-        start, lead = tile.begin(program, TILE)
+        start, lead = tile.begin(program, TILE, UNIT)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy, terms = _draw_tile(
                 loc, scale, low, high, value, lo, hi, clamp_low, clamp_high, clamp_lo, clamp_hi,
-                seed, call, start, COUNT, tile.kept(lead, TILE, COUNT), rows,
+                seed, call, start, COUNT, tile.kept(lead, TILE, COUNT, UNIT), rows,
                 loc_row, loc_column, scale_row, scale_column,
                 low_row, low_column, high_row, high_column,
                 A, COUNT, TILE, LOC, SCALE, LOW, HIGH, KIND, SCORE, ENTROPY, CLAMP, FAST,

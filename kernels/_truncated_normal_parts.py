@@ -277,9 +277,9 @@ def probability(step, COUNT: tl.constexpr, RANDOM: tl.constexpr):
 
 
 @triton.constexpr_function
-def each(a, bits, low, entropy):
+def each(bits, low, entropy):
     """Elements that a thread has of a chunk of wide rows, as `truncated_normal.forward_form`."""
-    return 4 if low >= 0 and entropy and (bits == 32 or a % 8 != 0) else 8
+    return 4 if low >= 0 and entropy and bits == 32 else 8
 
 
 @triton.jit
@@ -318,9 +318,9 @@ def store_sums(
 ):  # fmt: skip
     """The scores and entropies of a tile's rows, from its terms."""
     if SCORE:
-        sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER, lead)
+        sums = tile.sum_rows(energy, A, COUNT, ROWS, OWN, GATHER, lead)
         tile.store_rows(score, first, -sums, total_rows, ROWS, OWN, WHOLE)
     if ENTROPY:
-        sums = tile.sum_rows(terms, A, COUNT, ROWS, GATHER, lead)
+        sums = tile.sum_rows(terms, A, COUNT, ROWS, OWN, GATHER, lead)
         # An entropy has no sample dimensions: the rows of the first sample write it.
         tile.store_rows(entropy, first, sums, rows, ROWS, OWN, False)

@@ -99,7 +99,7 @@ def _score_rows(
     """OWN wide rows chunk by chunk; UNIT and LAST as of `_tile.wide_rows`."""
     start, skip, last, read, _ = tile.wide_rows(program, total_rows, A, OWN, UNIT, LAST)
     # See `truncated_normal.forward_form`; on AMD the sums take an exchange.
-    EACH: tl.constexpr = tn.each(A, loc.dtype.element_ty.primitive_bitwidth, LOW, ENTROPY)
+    EACH: tl.constexpr = tn.each(loc.dtype.element_ty.primitive_bitwidth, LOW, ENTROPY)
     THREADS: tl.constexpr = COUNT // EACH
     VECTOR: tl.constexpr = min(UNIT, EACH)
     i = tl.arange(0, COUNT)
@@ -145,10 +145,10 @@ def score_kernel(
 ):  # fmt: skip
     """Scores of given values, and entropies, of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
+    UNIT: tl.constexpr = tile.vector(
+        loc.dtype.element_ty.primitive_bitwidth, value.dtype.element_ty.primitive_bitwidth
+    )
     if WIDE:
-        UNIT: tl.constexpr = tile.vector(
-            loc.dtype.element_ty.primitive_bitwidth, value.dtype.element_ty.primitive_bitwidth
-        )
         if A % UNIT == 0 or (program + 1) * OWN < total_rows:
             _score_rows(
                 loc, scale, low, high, value, score, entropy, lo, hi, program, total_rows, rows,
@@ -164,7 +164,7 @@ def score_kernel(
                 A, COUNT, OWN, LOC, SCALE, LOW, HIGH, VALUE, SCORE, ENTROPY, FAST, CUT, UNIT, True,
             )  # fmt: skip
     else:
-        start, lead = tile.begin(program, TILE)
+        start, lead = tile.begin(program, TILE, UNIT)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy, terms = _score_tile(

@@ -40,6 +40,7 @@ from fastprob.kernels._launch import (
     launching,
     parameter,
     tail,
+    vector_of,
 )
 
 
@@ -175,6 +176,7 @@ def _draw_tile(
 
     Of a tile that is not WHOLE the first `read` elements are drawn; `kept` are stored.
     """
+    UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
     i = tl.arange(0, COUNT)
     inside = i < read
     stored = i < kept
@@ -186,7 +188,7 @@ def _draw_tile(
     if RANDOM:
         one = drawn(par, e, uniforms_to_one(seed, call, start, COUNT), FROM_PROBS)
     ones = tl.where(one, 1.0, 0.0)
-    tile.store(value, start, ones, i, stored, COUNT, TILE, WHOLE and TILE % 4 == 0)
+    tile.store(value, start, ones, i, stored, COUNT, TILE, WHOLE and TILE % UNIT == 0)
     cost = tl.zeros([COUNT], tl.float32)
     entropy = cost
     if SCORE or ENTROPY:
@@ -208,10 +210,10 @@ def _store_sums(
 ):  # fmt: skip
     """The scores and entropies of a tile's rows, from its terms."""
     if SCORE:
-        sums = tile.sum_rows(cost, A, COUNT, ROWS, GATHER, lead)
+        sums = tile.sum_rows(cost, A, COUNT, ROWS, OWN, GATHER, lead)
         tile.store_rows(score, first, -sums, total_rows, ROWS, OWN, WHOLE)
     if ENTROPY:
-        sums = tile.sum_rows(terms, A, COUNT, ROWS, GATHER, lead)
+        sums = tile.sum_rows(terms, A, COUNT, ROWS, OWN, GATHER, lead)
         # An entropy has no sample dimensions: the rows of the first sample write it.
         tile.store_rows(entropy, first, sums, rows, ROWS, OWN, False)
 
@@ -270,8 +272,8 @@ def draw_kernel(
     program = tl.program_id(0).to(tl.int64)
     if RANDOM:
         seed, call = random.open_state(state, seed, call, HOST)
+    UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
     if WIDE:
-        UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
         if A % UNIT == 0 or (program + 1) * OWN < total_rows:
             _draw_rows(
                 given, value, score, entropy, seed, call, program, total_rows, rows,
@@ -286,11 +288,11 @@ def draw_kernel(
             )  # fmt: skip
     else:
         first = program * OWN
-        start, lead = tile.begin(program, TILE)
+        start, lead = tile.begin(program, TILE, UNIT)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             cost, term = _draw_tile(
-                given, value, seed, call, start, COUNT, tile.kept(lead, TILE, COUNT), rows,
+                given, value, seed, call, start, COUNT, tile.kept(lead, TILE, COUNT, UNIT), rows,
                 given_row, given_column,
                 A, COUNT, TILE, GIVEN, FROM_PROBS, EPS, RANDOM, SCORE, ENTROPY, FAST, True,
             )  # fmt: skip
@@ -390,10 +392,10 @@ def score_kernel(
 ):  # fmt: skip
     """Scores of given values, and entropies, of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
+    UNIT: tl.constexpr = tile.vector(
+        given.dtype.element_ty.primitive_bitwidth, value.dtype.element_ty.primitive_bitwidth
+    )
     if WIDE:
-        UNIT: tl.constexpr = tile.vector(
-            given.dtype.element_ty.primitive_bitwidth, value.dtype.element_ty.primitive_bitwidth
-        )
         if A % UNIT == 0 or (program + 1) * OWN < total_rows:
             _score_rows(
                 given, value, score, entropy, program, total_rows, rows,
@@ -407,7 +409,7 @@ def score_kernel(
                 A, COUNT, OWN, GIVEN, VALUE, FROM_PROBS, EPS, SCORE, ENTROPY, FAST, UNIT, True,
             )  # fmt: skip
     else:
-        start, lead = tile.begin(program, TILE)
+        start, lead = tile.begin(program, TILE, UNIT)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             cost, term = _score_tile(
@@ -566,7 +568,7 @@ def draw(
         return value, scores, entropies, used if used is None else used.zero_()
     par = parameter(given, ndims, bool(shape))
     source = state or NO_STATE
-    grid = forward_grid(total // a, a)
+    grid = forward_grid(total // a, a, vector_of(given.dtype))
     with launching(given):
         draw_kernel[(grid.programs,)](
             par.tensor, value, scores, entropies,
@@ -618,7 +620,7 @@ def score(
         return scores, entropies
     par = parameter(given, ndims, bool(shape))
     scored = par if value is None else parameter(value, ndims, False)
-    grid = forward_grid(total_rows, a)
+    grid = forward_grid(total_rows, a, vector_of(given.dtype, scored.tensor.dtype))
     with launching(given):
         score_kernel[(grid.programs,)](
             par.tensor, scored.tensor, scores, entropies, total_rows, rows,

@@ -34,6 +34,7 @@ Source: Marsaglia and Tsang 2000, "A simple method for generating gamma variable
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -57,6 +58,7 @@ from fastprob.kernels._launch import (
     launching,
     parameter,
     tail,
+    vector_of,
     wide_grid,
 )
 from fastprob.kernels.bernoulli import cost_of_rest
@@ -84,18 +86,22 @@ GATHERED = 64
 
 
 @functools.lru_cache(maxsize=4096)
-def tiling(rows: int, a: int) -> Grid:
-    """The tiles for `rows` rows of `a` elements, whose rows are summed."""
+def tiling(rows: int, a: int, vector: int) -> Grid:
+    """The tiles for `rows` rows of `a` elements, `vector` of which are 128 bits."""
     count, warps = SINGLE
     if a & (a - 1) == 0 and a <= count:
         own = count // a
         return Grid(-(-rows // own), count, count, own, own, False, False, warps)
     if a > GATHERED:
         return wide_grid(rows, a, count, warps)
-    # Whole rows, a multiple of 4 for whole vectors. The smallest tile that is at least seven
-    # eighths full, or the fullest.
-    fitting = [(c, w, c // a // 4 * 4) for c, w in SIZES if a * 4 <= c]
-    full = [s for s in fitting if s[2] * a * 8 >= s[0] * 7]
+    # Whole rows that are whole vectors. The smallest tile that is at least seven eighths full, or
+    # the fullest; where 8 elements leave none so, as at A = 37, with vectors of 4.
+    for unit in {vector: None, 4: None}:
+        even = unit // math.gcd(a, unit)
+        fitting = [(c, w, c // a // even * even) for c, w in SIZES if a * 4 <= c]
+        full = [s for s in fitting if s[2] * a * 8 >= s[0] * 7]
+        if full:
+            break
     count, warps, own = full[0] if full else max(fitting, key=lambda s: s[2] * a / s[0])
     padded = triton.next_power_of_2(own)
     return Grid(-(-rows // own), count, own * a, padded, own, True, False, warps)
@@ -426,10 +432,10 @@ def _store_sums(
 ):  # fmt: skip
     """The scores and entropies of a tile's rows, from those of its elements."""
     if SCORE:
-        sums = tile.sum_rows(scores, A, COUNT, ROWS, GATHER)
+        sums = tile.sum_rows(scores, A, COUNT, ROWS, OWN, GATHER)
         tile.store_rows(score, first, sums, total_rows, ROWS, OWN, WHOLE)
     if ENTROPY:
-        sums = tile.sum_rows(entropies, A, COUNT, ROWS, GATHER)
+        sums = tile.sum_rows(entropies, A, COUNT, ROWS, OWN, GATHER)
         # An entropy has no sample dimensions: the rows of the first sample write it.
         tile.store_rows(entropy, first, sums, rows, ROWS, OWN, False)
 
@@ -846,7 +852,7 @@ def draw(
     zero = parameter(concentration0, ndims, bool(shape))
     least, most = limits(like.dtype)
     source = state or NO_STATE
-    grid = tiling(total // a, a)
+    grid = tiling(total // a, a, vector_of(like.dtype))
     registers = most_registers(grid, like.element_size()) if fast(like) else None
     with launching(like):
         draw_kernel[(grid.programs,)](
@@ -900,7 +906,7 @@ def score(
     one = parameter(concentration1, ndims, bool(shape))
     zero = parameter(concentration0, ndims, bool(shape))
     given = one if value is None else parameter(value, ndims, False)
-    grid = tiling(total_rows, a)
+    grid = tiling(total_rows, a, vector_of(like.dtype, given.tensor.dtype))
     with launching(like):
         score_kernel[(grid.programs,)](
             one.tensor, zero.tensor, given.tensor, scores, entropies, total_rows, rows,

@@ -204,8 +204,8 @@ def _chunk(rows: int, a: int, need: int, halves: int, once: bool) -> tuple[int, 
         once: as of `tiling`.
     """
     if rows < FEW_WIDE:
-        count = min(max(triton.next_power_of_2(need), 4096), 16384)
-        return count // halves, WARPS_OF_FEW
+        # 16 elements of a thread at most: 32 took 24 bytes of stack more than the registers.
+        return (4096 if need <= 4096 else 8192) // halves, WARPS_OF_FEW
     choices = [(count // halves, warps) for count, warps in CHUNKS]
     if rows < FEW_CHUNKED:
         return choices[0]
@@ -232,8 +232,10 @@ def most_registers_of_draw(tiles: Tile, value: int) -> int | None:
 
     That is 72 for the probabilities of masked weights in fp32 at A = 16383 on sm_100, and 16 bytes
     of stack. Of those in bf16 with index, score and entropy, at A = 8193, 128 leave as many bytes
-    of stack, 168 none.
+    of stack, 168 none. And 168 for one-hot vectors of masked logits at A = 8191, and 16 bytes.
     """
+    if value == cat.ONE_HOT.value and tiles.chunks:
+        return REGISTERS_OF_FEW if tiles.warps == WARPS_OF_FEW else 255
     return _most_of_probs(tiles) if value == cat.PROBS_VALUE.value else None
 
 
@@ -269,13 +271,13 @@ def score_tiling(rows: int, a: int, itemsize: int, hot: bool, twice: bool) -> Ti
 def most_registers(tiles: Tile, hot: bool) -> int | None:
     """The most registers of a score on NVIDIA's GPUs, None for the assembler's own choice.
 
-    Of one-hot vectors in chunks it chooses 80 on sm_100 at A = 8191 in bf16, with 8 bytes of stack;
-    told 128 it takes 108, and 31.2 issue slots an element in place of 33.4. Of indices under
-    weights it chooses 96 on sm_90 at A = 16383 in bf16, with 8 bytes too; told 255, none.
+    Of one-hot vectors in chunks it chooses 80 on sm_100 at A = 8191 in bf16, with 8 bytes of stack,
+    and under masked weights 128 are too few for A = 2561. Of indices under weights it chooses 96 on
+    sm_90 at A = 16383 in bf16, with 8 bytes too; told 255, none.
     """
-    if not tiles.chunks:
-        return None
-    return REGISTERS_OF_FEW if hot or tiles.warps == WARPS_OF_FEW else 255
+    if not hot and tiles.chunks and tiles.warps != WARPS_OF_FEW:
+        return 255
+    return _most_of_probs(tiles)
 
 
 class Form(NamedTuple):

@@ -45,6 +45,7 @@ from fastprob.kernels._launch import (
     parameter,
     strided_rows,
     tail,
+    vector_of,
 )
 from fastprob.kernels._scale import positive, slope
 
@@ -61,6 +62,7 @@ def _draw_tile(
 
     Of a tile that is not WHOLE the first `read` elements are drawn; `kept` are stored.
     """
+    UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
     i = tl.arange(0, COUNT)
     inside = i < read
     stored = i < kept
@@ -73,7 +75,7 @@ def _draw_tile(
         # Several samples have one scale, which the first of them writes.
         tile.store_first(
             mapped, start, sigma, i, stored, rows,
-            A, COUNT, TILE, WHOLE and TILE % 4 == 0, SCALE % 2 == 1,
+            A, COUNT, TILE, WHOLE and TILE % UNIT == 0, SCALE % 2 == 1,
         )  # fmt: skip
         if not WHOLE:
             sigma = tl.where(inside, sigma, 1.0)
@@ -85,7 +87,7 @@ def _draw_tile(
     if CLAMP:
         least, most = tile.bounds(low, high, lo, hi, start, i, A, COUNT, CLAMP)
         x = tile.clamp(x, least, most)
-    tile.store(value, start, x, i, stored, COUNT, TILE, WHOLE and TILE % 4 == 0)
+    tile.store(value, start, x, i, stored, COUNT, TILE, WHOLE and TILE % UNIT == 0)
     log_sigma = z
     if SCORE or ENTROPY:
         log_sigma = m.log(sigma, FAST)
@@ -103,10 +105,10 @@ def _store_sums(
 ):  # fmt: skip
     """The scores and entropies of a tile's rows, from its terms."""
     if SCORE:
-        sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER, lead)
+        sums = tile.sum_rows(energy, A, COUNT, ROWS, OWN, GATHER, lead)
         tile.store_rows(score, first, -sums - A * m.HALF_LOG_2PI, total_rows, ROWS, OWN, WHOLE)
     if ENTROPY:
-        sums = tile.sum_rows(log_sigma, A, COUNT, ROWS, GATHER, lead)
+        sums = tile.sum_rows(log_sigma, A, COUNT, ROWS, OWN, GATHER, lead)
         # An entropy has no sample dimensions: the rows of the first sample write it.
         tile.store_rows(entropy, first, sums + A * (0.5 + m.HALF_LOG_2PI), rows, ROWS, OWN, False)
 
@@ -168,8 +170,8 @@ def draw_kernel(
     program = tl.program_id(0).to(tl.int64)
     if RANDOM:
         seed, call = random.open_state(state, seed, call, HOST)
+    UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
     if WIDE:
-        UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
         if A % UNIT == 0 or (program + 1) * OWN < total_rows:
             _draw_rows(
                 loc, scale, value, score, entropy, mapped, low, high, lo, hi, bias, least, floor,
@@ -186,12 +188,12 @@ def draw_kernel(
             )  # fmt: skip
     else:
         first = program * OWN
-        start, lead = tile.begin(program, TILE)
+        start, lead = tile.begin(program, TILE, UNIT)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy, log_sigma = _draw_tile(
                 loc, scale, value, mapped, low, high, lo, hi, bias, least, floor, seed, call,
-                start, COUNT, tile.kept(lead, TILE, COUNT), rows,
+                start, COUNT, tile.kept(lead, TILE, COUNT, UNIT), rows,
                 loc_row, loc_column, scale_row, scale_column,
                 A, COUNT, TILE, LOC, SCALE, RANDOM, SCORE, ENTROPY, CLAMP, MAP, FAST,
                 True,
@@ -385,10 +387,10 @@ def score_kernel(
 ):  # fmt: skip
     """Scores of given values, and entropies, of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
+    UNIT: tl.constexpr = tile.vector(
+        loc.dtype.element_ty.primitive_bitwidth, value.dtype.element_ty.primitive_bitwidth
+    )
     if WIDE:
-        UNIT: tl.constexpr = tile.vector(
-            loc.dtype.element_ty.primitive_bitwidth, value.dtype.element_ty.primitive_bitwidth
-        )
         if A % UNIT == 0 or (program + 1) * OWN < total_rows:
             _score_rows(
                 loc, scale, value, score, entropy, program, total_rows, rows,
@@ -402,7 +404,7 @@ def score_kernel(
                 A, COUNT, OWN, LOC, SCALE, VALUE, SCORE, ENTROPY, FAST, UNIT, True,
             )  # fmt: skip
     else:
-        start, lead = tile.begin(program, TILE)
+        start, lead = tile.begin(program, TILE, UNIT)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy, log_sigma = _score_tile(
@@ -538,7 +540,7 @@ def draw(
     sigma = parameter(scale, ndims, bool(shape))
     kind, lo, hi, low, high = bounds_of(clamp)
     source = state or NO_STATE
-    grid = forward_grid(total_rows, a)
+    grid = forward_grid(total_rows, a, vector_of(loc.dtype))
     with launching(loc):
         draw_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, value, scores, entropies, mapped, low, high, lo, hi,
@@ -661,7 +663,7 @@ def score(
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
     given = mu if value is None else parameter(value, ndims, False)
-    grid = forward_grid(total_rows, a)
+    grid = forward_grid(total_rows, a, vector_of(loc.dtype, given.tensor.dtype))
     with launching(loc):
         score_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, given.tensor, scores, entropies, total_rows, rows,

@@ -61,6 +61,7 @@ from fastprob.kernels._launch import (
     parameter,
     strided_rows,
     tail,
+    vector_of,
 )
 from fastprob.kernels._scale import positive
 from fastprob.kernels._scale import slope as slope_of
@@ -113,6 +114,7 @@ def _draw_tile(
 
     Of a tile that is not WHOLE the first `read` elements are drawn; `kept` are stored.
     """
+    UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
     i = tl.arange(0, COUNT)
     inside = i < read
     stored = i < kept
@@ -127,7 +129,7 @@ def _draw_tile(
         # Several samples have one scale, which the first of them writes.
         tile.store_first(
             mapped, start, sigma, i, stored, rows,
-            A, COUNT, TILE, WHOLE and TILE % 4 == 0, SCALE % 2 == 1,
+            A, COUNT, TILE, WHOLE and TILE % UNIT == 0, SCALE % 2 == 1,
         )  # fmt: skip
     z = tl.zeros([COUNT], tl.float32)
     x = mu
@@ -165,7 +167,7 @@ def _draw_tile(
     if CLAMP:
         least, most = tile.bounds(low, high, lo, hi, start, i, A, COUNT, CLAMP)
         y = tile.clamp(y, least, most)
-    tile.store(value, start, y, i, stored, COUNT, TILE, WHOLE and TILE % 4 == 0)
+    tile.store(value, start, y, i, stored, COUNT, TILE, WHOLE and TILE % UNIT == 0)
     energy = z
     if SCORE:
         if SPAN == 2:
@@ -219,7 +221,7 @@ def _draw_rows(
         while end <= tl.minimum(chunk + COUNT, last):
             energies, energy = tile.ended(energies, energy, i, end - chunk, COUNT, THREADS, UNIT)
             if SCORE:
-                sums = tile.sum_rows(energies, A, THREADS, 1, False)
+                sums = tile.sum_rows(energies, A, THREADS, 1, 1, False)
                 tile.store_rows(score, row, sums * -m.LN2, total_rows, 1, 1, True)
             energies = tl.zeros([THREADS], tl.float32)
             row += 1
@@ -242,8 +244,8 @@ def draw_kernel(
     program = tl.program_id(0).to(tl.int64)
     if KIND == _RANDOM:
         seed, call = random.open_state(state, seed, call, HOST)
+    UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
     if WIDE:
-        UNIT: tl.constexpr = tile.vector(value.dtype.element_ty.primitive_bitwidth)
         if A % UNIT == 0 or (program + 1) * OWN < total_rows:
             _draw_rows(
                 loc, scale, value, score, mapped, low, high, lo, hi, halves, mids, half, mid,
@@ -259,19 +261,19 @@ def draw_kernel(
                 A, COUNT, OWN, LOC, SCALE, KIND, SCORE, SPAN, LIMIT, CLAMP, MAP, FAST, UNIT, True,
             )  # fmt: skip
     else:
-        start, lead = tile.begin(program, TILE)
+        start, lead = tile.begin(program, TILE, UNIT)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy = _draw_tile(
                 loc, scale, value, mapped, low, high, lo, hi, halves, mids, half, mid, log_half,
                 bias, least, floor, seed, call, start, COUNT,
-                tile.kept(lead, TILE, COUNT), rows,
+                tile.kept(lead, TILE, COUNT, UNIT), rows,
                 loc_row, loc_column, scale_row, scale_column,
                 A, COUNT, TILE, LOC, SCALE, KIND, SCORE, SPAN, LIMIT, CLAMP, MAP, FAST,
                 True,
             )  # fmt: skip
             if SCORE:
-                sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER, lead)
+                sums = tile.sum_rows(energy, A, COUNT, ROWS, OWN, GATHER, lead)
                 tile.store_rows(score, program * OWN, sums * -m.LN2, total_rows, ROWS, OWN, True)
         else:
             left = tl.minimum(end - start, lead + TILE).to(tl.int32)
@@ -283,7 +285,7 @@ def draw_kernel(
                 False,
             )  # fmt: skip
             if SCORE:
-                sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER, lead)
+                sums = tile.sum_rows(energy, A, COUNT, ROWS, OWN, GATHER, lead)
                 tile.store_rows(score, program * OWN, sums * -m.LN2, total_rows, ROWS, OWN, False)
     if KIND == _RANDOM:
         random.close_state(state, used, ticket, seed, call, ADVANCE, KEEP)
@@ -539,7 +541,7 @@ def _score_rows(
             energy = tl.where(i < skip, 0.0, energy)
         while end <= tl.minimum(chunk + COUNT, last):
             energies, energy = tile.ended(energies, energy, i, end - chunk, COUNT, THREADS, UNIT)
-            sums = tile.sum_rows(energies, A, THREADS, 1, False)
+            sums = tile.sum_rows(energies, A, THREADS, 1, 1, False)
             tile.store_rows(score, row, -sums, total_rows, 1, 1, True)
             energies = tl.zeros([THREADS], tl.float32)
             row += 1
@@ -558,10 +560,10 @@ def score_kernel(
 ):  # fmt: skip
     """Scores of given values, of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
+    UNIT: tl.constexpr = tile.vector(
+        loc.dtype.element_ty.primitive_bitwidth, value.dtype.element_ty.primitive_bitwidth
+    )
     if WIDE:
-        UNIT: tl.constexpr = tile.vector(
-            loc.dtype.element_ty.primitive_bitwidth, value.dtype.element_ty.primitive_bitwidth
-        )
         if A % UNIT == 0 or (program + 1) * OWN < total_rows:
             _score_rows(
                 loc, scale, value, score, halves, mids, half, mid, log_half, program, total_rows,
@@ -575,7 +577,7 @@ def score_kernel(
                 A, COUNT, OWN, LOC, SCALE, VALUE, SPAN, LIMIT, FAST, UNIT, True,
             )  # fmt: skip
     else:
-        start, lead = tile.begin(program, TILE)
+        start, lead = tile.begin(program, TILE, UNIT)
         end = total_rows.to(tl.int64) * A
         if start + COUNT <= end:
             energy = _score_tile(
@@ -583,7 +585,7 @@ def score_kernel(
                 loc_row, loc_column, scale_row, scale_column, value_row, value_column,
                 A, COUNT, LOC, SCALE, VALUE, SPAN, LIMIT, FAST, True,
             )  # fmt: skip
-            sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER, lead)
+            sums = tile.sum_rows(energy, A, COUNT, ROWS, OWN, GATHER, lead)
             tile.store_rows(score, program * OWN, -sums, total_rows, ROWS, OWN, True)
         else:
             energy = _score_tile(
@@ -592,7 +594,7 @@ def score_kernel(
                 loc_row, loc_column, scale_row, scale_column, value_row, value_column,
                 A, COUNT, LOC, SCALE, VALUE, SPAN, LIMIT, FAST, False,
             )  # fmt: skip
-            sums = tile.sum_rows(energy, A, COUNT, ROWS, GATHER, lead)
+            sums = tile.sum_rows(energy, A, COUNT, ROWS, OWN, GATHER, lead)
             tile.store_rows(score, program * OWN, -sums, total_rows, ROWS, OWN, False)
 
 
@@ -715,7 +717,7 @@ def draw(
     sigma = parameter(scale, ndims, bool(shape))
     kind, lo, hi, low, high = bounds_of(clamp)
     source = state or NO_STATE
-    grid = forward_grid(total_rows, a)
+    grid = forward_grid(total_rows, a, vector_of(loc.dtype))
     with launching(loc):
         draw_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, value, scores, mapped, low, high, lo, hi,
@@ -836,7 +838,7 @@ def score(
     mu = parameter(loc, ndims, bool(shape))
     sigma = parameter(scale, ndims, bool(shape))
     given = parameter(value, ndims, False)
-    grid = forward_grid(total_rows, a)
+    grid = forward_grid(total_rows, a, vector_of(loc.dtype, value.dtype))
     with launching(loc):
         score_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, given.tensor, scores,

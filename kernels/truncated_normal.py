@@ -39,9 +39,7 @@ from torch import Tensor
 
 from fastprob.kernels._halves import BLOCKS, EIGHTS, WHOLE
 from fastprob.kernels._launch import (
-    ALONE,
     NO_STATE,
-    SMALL,
     Grid,
     State,
     bounds_of,
@@ -54,7 +52,7 @@ from fastprob.kernels._launch import (
     launching,
     parameter,
     tail,
-    wide_grid,
+    vector_of,
 )
 from fastprob.kernels._truncated_normal_draw import MEAN, MEDIAN, MODE, RANDOM, draw_kernel
 from fastprob.kernels._truncated_normal_draw_backward import draw_backward_kernel
@@ -94,43 +92,37 @@ class Form(NamedTuple):
 
 
 def forward_form(
-    size: int, tensors: bool, entropy: bool, rows: int, a: int, *, given: bool, amd: bool = False
+    size: int, vector: int, tensors: bool, entropy: bool, rows: int, a: int, amd: bool = False
 ) -> tuple[Grid, Form]:
     """The tiles and the form of kernels that sum rows: 8 elements a thread, 4 on AMD.
 
     128 registers let two programs of 8 warps share a multiprocessor, where one of 184 had it for
     itself, and are all that one of 16 warps can have. In halves an element takes 6 to 9 issue slots
     more, which a draw and its score by themselves are spared: they take 122 registers whole. With
-    all that can be asked, 8 elements take 2 to 4 more than there are: where 4 are the largest
-    vector, and of wide rows that begin within one, a thread has 4, in tiles of 2048 at most, as of
-    4096 that would be 32 warps, with 64 registers each. Scores of given values in bf16 with all
-    that, 8 elements of wide rows, take up to 140 on sm_100, and 24 bytes of stack where they have
-    128; programs of 2 warps leave room for 14 warps.
+    all that can be asked, 8 elements take more than there are. In fp32, where 4 are a vector, a
+    thread has 4, in tiles of 2048 at most, as of 4096 that would be 32 warps, with 64 registers
+    each. In half precision programs have 4 warps at most, 12 of which share a multiprocessor at 160
+    registers; with 128 scores of wide rows had 24 bytes of stack on sm_100.
 
     Args:
         size: bytes of an element of loc.
+        vector: as of `_launch.forward_grid`.
         tensors: whether bounds are tensors.
         entropy: whether the entropy is wanted.
         rows: how many rows there are.
         a: their size.
-        given: whether values are given, not drawn.
         amd: whether it runs on AMD.
     """
-    grid = forward_grid(rows, a)
-    odd = (a if grid.wide else grid.tile) % 8 != 0
-    full = tensors and entropy and (size == 4 or odd)
-    if full:
-        grid = forward_grid(rows, a, larger=False)
-    most = given and tensors and entropy and grid.wide and not full
-    if most and rows >= ALONE:
-        grid = wide_grid(rows, a, *SMALL)
+    full = tensors and entropy
+    most = (1024 if size == 2 else 2048) if full else 4096
+    grid = forward_grid(rows, a, vector, most)
     if amd:
         return grid, Form(WHOLE, 2, 0)
     if full:
-        return grid, Form(WHOLE, 4, 128)
+        return grid, Form(EIGHTS, 2, 160) if size == 2 else Form(WHOLE, 4, 128)
     if not (tensors or entropy) and grid.warps <= 4:
         return grid, Form(WHOLE, 2, 128)
-    return grid, Form(EIGHTS if size == 2 else BLOCKS, 2, 144 if most else 128)
+    return grid, Form(EIGHTS if size == 2 else BLOCKS, 2, 128)
 
 
 def backward_form(size: int, amd: bool = False) -> Form:
@@ -222,7 +214,7 @@ def draw(
     source = state or NO_STATE
     tensors = isinstance(low, Tensor)
     grid, form = forward_form(
-        loc.element_size(), tensors, entropy, total_rows, a, given=False, amd=_AMD
+        loc.element_size(), vector_of(loc.dtype), tensors, entropy, total_rows, a, _AMD
     )
     with launching(loc):
         draw_kernel[(grid.programs,)](
@@ -345,8 +337,9 @@ def score(
     given = mu if value is None else parameter(value, ndims, False)
     tensors = isinstance(low, Tensor)
     grid, form = forward_form(
-        loc.element_size(), tensors, entropy, total_rows, a, given=value is not None, amd=_AMD
-    )
+        loc.element_size(), vector_of(loc.dtype, given.tensor.dtype), tensors, entropy,
+        total_rows, a, _AMD,
+    )  # fmt: skip
     with launching(loc):
         score_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, least, most, given.tensor, scores, entropies,

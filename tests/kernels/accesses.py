@@ -45,8 +45,8 @@ def filled(grid: Grid) -> float:
 
 
 def through(
-    grid: Grid, a: int, dtype: str, loads: int, *, sums: int, random: bool = False,
-    repeated: int = 0, warps: int | None = None,
+    grid: Grid, a: int, dtype: str, loads: int, *, stores: int = 0, sums: int,
+    random: bool = False, warps: int | None = None,
 ) -> tuple[str, ...]:  # fmt: skip
     """The whole way of a program over wide rows: the vectors of each chunk, and the ends of rows.
 
@@ -57,26 +57,22 @@ def through(
         a: size of a row.
         dtype: of all tensors.
         loads: tensors that are read one for one.
+        stores: tensors that are written so, which are asked for in place of those read: of these
+            there may be others.
         sums: results of rows.
         random: whether the state is advanced.
-        repeated: tensors `[A]` that are read.
         warps: of a program, where they are not those of `grid`.
     """
     if not grid.wide:
         return ()
-    size, threads = size_of(dtype), 32 * (warps or grid.warps)
+    each = (stores or loads) * vectors(size_of(dtype), grid.count, warps or grid.warps)
+    vector = "STG.128" if stores else "LDG.128"
     store = "STG.32" if dtype == "fp32" else "STG.U16"
-    if grid.count * size >= 16 * threads:
-        load, before = "LDG.128", 0
-        each = loads * vectors(size, grid.count, threads // 32) + repeated * (a * size % 16 == 0)
-    else:
-        # A thread has less than a vector, 4 elements; so have seed and number of the draw.
-        load, before, each = "LDG.64", 2 * random, loads
-    kinds, begin = [load] * before, _ahead(grid)
+    kinds, begin = [], _ahead(grid)
     ends = [begin + (row + 1) * a for row in range(grid.own)]
     for chunk in range(chunks(grid)):
         here = sum(chunk * grid.count < end <= (chunk + 1) * grid.count for end in ends)
-        kinds += [load] * each + [store] * (here * sums)
+        kinds += [vector] * each + [store] * (here * sums)
     return (*kinds, *["STG.32"] * random)
 
 

@@ -32,7 +32,7 @@ def draw(
     a: int, dtype: str, probs: bool, slots: float | None = None, everywhere: bool = False,
     nvidia: bool = False, **flags,
 ) -> Case:  # fmt: skip
-    grid = forward_grid(ROWS, a)
+    grid = forward_grid(ROWS, a, 16 // size_of(dtype))
     given = {"RANDOM": True, "SCORE": True, "ENTROPY": False, "KEEP": False, **flags}
     constants = {
         **tiling(grid, a), **given, "GIVEN": 0, "FROM_PROBS": probs, "EPS": EPS[dtype],
@@ -51,7 +51,7 @@ def draw(
         f"bernoulli-{name}", bernoulli.draw_kernel, types(dtype), constants, grid.warps,
         grid.tile, (2 + sums / a) * size_of(dtype), slots,
         everywhere=everywhere, nvidia=nvidia,
-        through=through(grid, a, dtype, 1, sums=sums, random=given["RANDOM"]),
+        through=through(grid, a, dtype, 1, stores=1, sums=sums, random=given["RANDOM"]),
         **forward(
             grid, a, dtype, 1, 1, sums=sums, random=given["RANDOM"], keep=given["KEEP"]
         ),
@@ -59,7 +59,7 @@ def draw(
 
 
 def score(a: int, dtype: str, probs: bool, slots: float, everywhere: bool = False) -> Case:
-    grid = forward_grid(ROWS, a)
+    grid = forward_grid(ROWS, a, 16 // size_of(dtype))
     constants = {
         **tiling(grid, a), "GIVEN": 0, "VALUE": 0, "FROM_PROBS": probs, "EPS": EPS[dtype],
         "SCORE": True, "ENTROPY": True, "FAST": True,
@@ -107,6 +107,7 @@ CASES = [
     draw(17, "fp32", False, 49, everywhere=True),
     draw(64, "fp32", False, 50),
     draw(257, "fp32", False, 57),
+    draw(257, "bf16", False, 53),
     # Rows in chunks.
     draw(1025, "fp32", False, 59, nvidia=True),
     draw(1025, "bf16", False, 58),
@@ -115,6 +116,7 @@ CASES = [
     score(17, "fp32", True, 38),
     score(1025, "fp32", False, 45),
     score(8, "bf16", False, 28),
+    score(13, "bf16", False, 35.5),
     backward(8, "fp32", False, 40, stored=False, everywhere=True),
     backward(8, "fp32", True, 35, stored=False),
     backward(17, "fp32", False, 49, stored=False),

@@ -38,7 +38,7 @@ def draw(
     kind: int = beta.RANDOM, score: bool = True, entropy: bool = False, clamp: int = 0,
     keep: bool = False, nvidia: bool = False,
 ) -> Case:  # fmt: skip
-    grid = beta.tiling(ROWS, a)
+    grid = beta.tiling(ROWS, a, 16 // size_of(dtype))
     least, most = beta.limits(DTYPES[dtype])
     random = kind == beta.RANDOM
     constants = {
@@ -60,7 +60,9 @@ def draw(
         (3 + keep + (score + entropy) / a) * size_of(dtype), slots,
         everywhere=everywhere, nvidia=nvidia,
         registers=beta.most_registers(grid, size_of(dtype)),
-        through=through(grid, a, dtype, 2, sums=score + entropy, random=random),
+        through=through(
+            grid, a, dtype, 2, stores=1 + keep, sums=score + entropy, random=random
+        ),
         **forward(
             grid, a, dtype, 2, 1 + keep, sums=score + entropy, random=random,
             repeated=2 * (clamp == 2),
@@ -72,7 +74,7 @@ def score(
     a: int, dtype: str, slots: float, everywhere: bool = False, entropy: bool = True,
     nvidia: bool = False,
 ) -> Case:  # fmt: skip
-    grid = beta.tiling(ROWS, a)
+    grid = beta.tiling(ROWS, a, 16 // size_of(dtype))
     constants = {
         **tiling(grid, a), "CONC1": 0, "CONC0": 0, "VALUE": 0, "SCORE": True, "ENTROPY": entropy,
         "FAST": True, **({} if entropy else {"entropy": None}),
@@ -129,6 +131,7 @@ CASES = [
     draw(1, "fp32", 305, everywhere=True),
     draw(17, "fp32", 346, everywhere=True),
     draw(64, "fp32", 317),
+    draw(13, "bf16", 335),
     # Rows in chunks, with up to 4, 2 and 1 ends of rows.
     draw(65, "fp32", 375),
     draw(171, "fp32", 350, nvidia=True),

@@ -61,7 +61,7 @@ def draw(
     a: int, dtype: str, slots: float | None = None, everywhere: bool = False,
     nvidia: bool = False, **flags,
 ) -> Case:  # fmt: skip
-    grid = forward_grid(ROWS, a)
+    grid = forward_grid(ROWS, a, 16 // size_of(dtype))
     given = {
         "RANDOM": True, "SCORE": True, "ENTROPY": False, "CLAMP": 0, "KEEP": False, "MAP": 0,
         **flags,
@@ -96,7 +96,8 @@ def draw(
         f"normal-{name}", normal.draw_kernel, types(dtype), constants, grid.warps, elements,
         moved, slots, everywhere=everywhere, nvidia=nvidia,
         through=through(
-            grid, a, dtype, 2, sums=given["SCORE"] + given["ENTROPY"], random=given["RANDOM"]
+            grid, a, dtype, 2, stores=1 + writes, sums=given["SCORE"] + given["ENTROPY"],
+            random=given["RANDOM"],
         ),
         **forward(
             grid, a, dtype, 2 - scattered, 1 + writes, sums=given["SCORE"] + given["ENTROPY"],
@@ -140,7 +141,7 @@ def draw_backward(
 def score(
     a: int, dtype: str, slots: float | None = None, everywhere: bool = False, entropy: bool = False
 ) -> Case:
-    grid = forward_grid(ROWS, a)
+    grid = forward_grid(ROWS, a, 16 // size_of(dtype))
     constants = {
         **tiling(grid, a), "LOC": 0, "SCALE": 0, "VALUE": 0, "SCORE": True, "ENTROPY": entropy,
         "FAST": True, **({} if entropy else {"entropy": None}),
@@ -192,6 +193,9 @@ CASES = [
     draw(17, "bf16", 47),
     draw(3, "fp32", 47),
     draw(257, "fp32", 42),
+    # Tiles that hold whole vectors of 8, and that begin in front of their rows.
+    draw(13, "bf16", 45),
+    draw(257, "bf16", 46),
     # Rows in chunks: whole ones, of programs with several rows, and with one.
     draw(4096, "fp32", 35),
     draw(819, "fp32", 41),
@@ -229,6 +233,7 @@ CASES = [
     score(17, "fp32", 25, entropy=True),
     score(1025, "fp32", 26, everywhere=True, entropy=True),
     score(8, "bf16", 19, entropy=True),
+    score(103, "bf16", 21.5),
     score_backward(8, "fp32", 25, everywhere=True),
     score_backward(17, "fp32", 35),
 ]

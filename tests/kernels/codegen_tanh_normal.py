@@ -67,7 +67,7 @@ def draw(
     everywhere: bool = False,
     nvidia: bool = False,
 ) -> Case:
-    grid = forward_grid(ROWS, a)
+    grid = forward_grid(ROWS, a, 16 // size_of(dtype))
     kernel = tanh_normal.draw_kernel
     random = kind == tanh_normal.RANDOM
     constants = {
@@ -85,7 +85,7 @@ def draw(
         name, kernel, _types(dtype), constants, grid.warps, grid.tile,
         (3 + writes + 1 / a) * size_of(dtype), slots, everywhere=everywhere,
         nvidia=nvidia,
-        through=through(grid, a, dtype, 2, sums=1, random=random),
+        through=through(grid, a, dtype, 2, stores=1 + writes, sums=1, random=random),
         **forward(
             grid, a, dtype, 2, 1 + writes, sums=1, random=random,
             repeated=2 * (span == 2) + 2 * (clamp == 2),
@@ -134,7 +134,7 @@ def draw_backward(
 def score(
     a: int, dtype: str, slots: float | None = None, *, span: int = 0, everywhere: bool = False
 ) -> Case:
-    grid = forward_grid(ROWS, a)
+    grid = forward_grid(ROWS, a, 16 // size_of(dtype))
     kernel = tanh_normal.score_kernel
     constants = {
         **tiling(grid, a), "LOC": 0, "SCALE": 0, "VALUE": 0, "SPAN": span,
@@ -190,6 +190,7 @@ CASES = [
     draw_backward(17, "bf16", 292, span=1, clamp=1, kind=tanh_normal.MEAN),
     draw(17, "fp32", 52),
     draw(257, "fp32", 54, everywhere=True),
+    draw(257, "bf16", 63.5),
     # Rows in chunks.
     draw(1025, "fp32", 64, nvidia=True),
     draw(1025, "bf16", 68),
@@ -215,5 +216,6 @@ CASES = [
     draw_backward(257, "bf16", 66),
     score(8, "fp32", 36, everywhere=True),
     score(17, "bf16", 51, span=1),
+    score(13, "bf16", 45.5),
     score_backward(8, "fp32", 45, to_value=True, everywhere=True),
 ]

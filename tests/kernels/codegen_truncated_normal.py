@@ -42,16 +42,13 @@ def _limits(kernel: Any, dtype: str, tensors: bool, clamp: int, **wanted: bool) 
     return {**layout, **none}
 
 
-def _read(
-    a: int, dtype: str, tensors: bool, clamp: int, others: int, fours: bool = False
-) -> dict[str, int]:
+def _read(a: int, dtype: str, tensors: bool, clamp: int, others: int) -> dict[str, int]:
     """How many tensors are read one for one, and how many `[A]`.
 
     Bounds that the batch repeats are of the first kind where a row is one or more vectors: the
-    compiler does not see that a thread's vectors are the same ones. Where a thread has `fours` of
-    elements, these are its vectors.
+    compiler does not see that a thread's vectors are the same ones.
     """
-    whole = tensors and (a % 4 == 0 if fours else a * size_of(dtype) % 16 == 0)
+    whole = tensors and a * size_of(dtype) % 16 == 0
     return {"loads": others + 2 * whole, "repeated": 2 * (tensors and not whole) + 2 * (clamp == 2)}
 
 
@@ -76,8 +73,8 @@ def draw(
     everywhere: bool = False,
     nvidia: bool = False,
 ) -> Case:
-    how = size_of(dtype), tensors, entropy, ROWS, a
-    grid, form = forward_form(*how, given=False)
+    how = size_of(dtype), 16 // size_of(dtype), tensors, entropy, ROWS, a
+    grid, form = forward_form(*how)
     kernel = truncated_normal.draw_kernel
     random = kind == truncated_normal.RANDOM
     limits = _limits(kernel, dtype, tensors, clamp, entropy=entropy, state=random, ticket=random)
@@ -96,10 +93,10 @@ def draw(
         (3 + (1 + entropy) / a) * size_of(dtype), slots,
         everywhere=everywhere, nvidia=nvidia,
         through=through(
-            grid, a, dtype, **_read(a, dtype, tensors, clamp, 2, form.warps == 4),
-            sums=1 + entropy, random=random, warps=form.warps * grid.warps,
+            grid, a, dtype, 2, stores=1, sums=1 + entropy, random=random,
+            warps=form.warps * grid.warps,
         ),
-        **_form(form, forward_form(*how, given=False, amd=True)[1], grid.warps),
+        **_form(form, forward_form(*how, amd=True)[1], grid.warps),
         **forward(
             grid, a, dtype, **_read(a, dtype, tensors, clamp, 2), stores=1, sums=1 + entropy,
             warps=form.warps * grid.warps, random=random,
@@ -154,8 +151,8 @@ def score(
     everywhere: bool = False,
     nvidia: bool = False,
 ) -> Case:
-    how = size_of(dtype), tensors, entropy, ROWS, a
-    grid, form = forward_form(*how, given=True)
+    how = size_of(dtype), 16 // size_of(dtype), tensors, entropy, ROWS, a
+    grid, form = forward_form(*how)
     kernel = truncated_normal.score_kernel
     constants = {
         **tiling(grid, a), "LOC": 0, "SCALE": 0, "VALUE": 0, "SCORE": True, "ENTROPY": entropy,
@@ -166,10 +163,10 @@ def score(
         _types(dtype), constants, form.warps * grid.warps, grid.tile,
         (3 + (1 + entropy) / a) * size_of(dtype), slots, everywhere=everywhere, nvidia=nvidia,
         through=through(
-            grid, a, dtype, **_read(a, dtype, tensors, 0, 3, form.warps == 4), sums=1 + entropy,
+            grid, a, dtype, _read(a, dtype, tensors, 0, 3)["loads"], sums=1 + entropy,
             warps=form.warps * grid.warps,
         ),
-        **_form(form, forward_form(*how, given=True, amd=True)[1], grid.warps),
+        **_form(form, forward_form(*how, amd=True)[1], grid.warps),
         **forward(
             grid, a, dtype, **_read(a, dtype, tensors, 0, 3), stores=0, sums=1 + entropy,
             warps=form.warps * grid.warps,
@@ -220,8 +217,9 @@ CASES = [
     # A tile of 16 warps, whose threads can have 128 registers.
     draw(600, "bf16", nvidia=True, **ALL),
     draw(600, "fp32", 241, nvidia=True, **ALL),
-    # Rows that begin at a multiple of 4 elements, of which 64 bits are read at a time.
+    # Tiles that begin in front of their rows.
     draw(257, "bf16", nvidia=True, **ALL),
+    draw(103, "bf16", 173),
     # Rows in chunks.
     draw(1025, "fp32", 168, nvidia=True),
     draw(1025, "fp32", 253, nvidia=True, **ALL),

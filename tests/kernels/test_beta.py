@@ -119,7 +119,7 @@ def test_draws_scores_and_entropies(dtype, device):
 @tilings
 def test_rows_in_chunks(a, own, rows, dtype, device, monkeypatch):
     """The same draws whatever rows a program has, and the scores and entropies of each."""
-    monkeypatch.setattr(kernels, "tiling", lambda n, a: chunked(a, own, n, *kernels.SINGLE))
+    monkeypatch.setattr(kernels, "tiling", lambda n, a, vector: chunked(a, own, n, *kernels.SINGLE))
     sample = torch.Size((2,))
     one, zero = parameters((rows, a), dtype, device)
     state = State(pair(device))
@@ -135,13 +135,14 @@ def test_rows_in_chunks(a, own, rows, dtype, device, monkeypatch):
 
 
 def test_large_batches_leave_few_elements_of_their_tiles_empty():
-    assert min(filled(kernels.tiling(1 << 20, a)) for a in range(1, 5001)) >= 7 / 8
+    for vector in (4, 8):
+        assert min(filled(kernels.tiling(1 << 20, a, vector)) for a in range(1, 5001)) >= 7 / 8
 
 
 def test_few_rows_have_programs_of_their_own():
     """A chunk of a program waits for the one before."""
     for rows in (1, 3, 500):
-        assert kernels.tiling(rows, 257).programs == rows
+        assert kernels.tiling(rows, 257, 4).programs == rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -268,7 +268,7 @@ def test_more_than_2_to_the_31_elements_are_addressed(device):
         loc = torch.zeros(1, a, device=device).expand(rows, a)
         parameter = kernels.parameter(loc, 1, False)
         assert (parameter.row, parameter.column) == (0, 1)
-        assert kernels.forward_grid(rows, a).programs * 256 >= rows
+        assert kernels.forward_grid(rows, a, 4).programs * 256 >= rows
         return
     rows, a = 2**31 // 8 + 4, 8
     loc = torch.zeros(1, a, device=device, dtype=torch.bfloat16).expand(rows, a)

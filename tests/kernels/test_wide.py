@@ -60,7 +60,9 @@ def test_rows_in_chunks(a, own, rows, family, dtype, apart, device, monkeypatch)
         first, second = first.contiguous(), second.contiguous()
     expected = results(family, first, second, device)
     monkeypatch.setattr(
-        FAMILIES[family], "forward_grid", lambda n, a, larger=True: chunked(a, own, n, *SMALL)
+        FAMILIES[family],
+        "forward_grid",
+        lambda n, a, vector, most=0: chunked(a, own, n, *SMALL),
     )
     got = results(family, first, second, device)
     for g, e in zip(got, expected, strict=True):
@@ -73,12 +75,13 @@ def test_rows_in_chunks(a, own, rows, family, dtype, apart, device, monkeypatch)
             torch.testing.assert_close(g, e, rtol=eps, atol=a * 16 * 2.0**-24)
 
 
-@pytest.mark.parametrize("larger", [True, False])
-def test_large_batches_leave_few_elements_of_their_tiles_empty(larger):
-    assert min(filled(forward_grid(1 << 20, a, larger)) for a in range(1, 5001)) >= 7 / 8
+@pytest.mark.parametrize("most", [1024, 2048, 4096])
+@pytest.mark.parametrize("vector", [4, 8])
+def test_large_batches_leave_few_elements_of_their_tiles_empty(vector, most):
+    assert min(filled(forward_grid(1 << 20, a, vector, most)) for a in range(1, 5001)) >= 7 / 8
 
 
 def test_few_rows_have_programs_of_their_own():
     """A chunk of a program waits for the one before."""
     for rows in (1, 3, FEW // 1025):
-        assert forward_grid(rows, 1025).programs == rows
+        assert forward_grid(rows, 1025, 4).programs == rows
