@@ -270,6 +270,11 @@ def fast(x: Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None and not INTERPRETED
 
 
+def limited(x: Tensor, registers: int | None) -> dict[str, int]:
+    """The option of a launch for the most registers of a thread, which NVIDIA's GPUs have."""
+    return {"maxnreg": registers} if registers is not None and fast(x) else {}
+
+
 def launching(x: Tensor) -> Any:
     """What a launch for tensors on the device of `x` runs under."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():

@@ -56,6 +56,7 @@ from fastprob.kernels._launch import (
     fold,
     gradients,
     launching,
+    limited,
     parameter,
     tail,
     vector_of,
@@ -93,7 +94,9 @@ def tiling(rows: int, a: int, vector: int) -> Grid:
         own = count // a
         return Grid(-(-rows // own), count, count, own, own, False, False, warps)
     if a > GATHERED:
-        return wide_grid(rows, a, count, warps)
+        # A vector of each thread: 8 elements in fp32 take as many issue slots and up to 255
+        # registers in place of 164, and 8 bytes of stack with all that can be asked.
+        return wide_grid(rows, a, 32 * vector, 1)
     # Whole rows that are whole vectors. The smallest tile that is at least seven eighths full, or
     # the fullest; where 8 elements leave none so, as at A = 37, with vectors of 4.
     for unit in {vector: None, 4: None}:
@@ -107,18 +110,22 @@ def tiling(rows: int, a: int, vector: int) -> Grid:
     return Grid(-(-rows // own), count, own * a, padded, own, True, False, warps)
 
 
-def most_registers(grid: Grid, size: int) -> int | None:
+def most_registers(grid: Grid, size: int, kind: int) -> int | None:
     """The most registers of a draw on NVIDIA's GPUs, None for the assembler's own choice.
 
     Told 240 it comes out without a stack for rows of 16 bits in chunks, at as many issue slots. By
     itself it gives 24 bytes on sm_100 to a draw with the entropy at A = 257, 16 to one that is
-    clamped at A = 260. For fp32 it gives none by itself and up to 16 bytes at 240.
+    clamped at A = 260. To modes it gives none, and 16 bytes where told 240. In fp32, with half the
+    elements, it takes 128 at A = 257 on sm_80, and 8 bytes; told 168, none.
 
     Args:
         grid: the tiles.
         size: bytes of an element.
+        kind: how the value is chosen.
     """
-    return 240 if grid.wide and size == 2 else None
+    if not grid.wide or kind != RANDOM:
+        return None
+    return 240 if size == 2 else 168
 
 
 @triton.jit
@@ -450,7 +457,7 @@ def _draw_rows(
     FAST: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """OWN wide rows chunk by chunk; UNIT and LAST as of `_tile.wide_rows`."""
-    THREADS: tl.constexpr = COUNT // 8
+    THREADS: tl.constexpr = 32  # One warp.
     start, skip, last, read, kept = tile.wide_rows(program, total_rows, A, OWN, UNIT, LAST)
     i = tl.arange(0, COUNT)
     scores = tl.zeros([THREADS], tl.float32)
@@ -583,7 +590,7 @@ def _score_rows(
     FAST: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """The scores and entropies of wide rows, as in `_draw_rows`."""
-    THREADS: tl.constexpr = COUNT // 8
+    THREADS: tl.constexpr = 32  # One warp.
     start, skip, last, read, _ = tile.wide_rows(program, total_rows, A, OWN, UNIT, LAST)
     i = tl.arange(0, COUNT)
     scores = tl.zeros([THREADS], tl.float32)
@@ -853,7 +860,7 @@ def draw(
     least, most = limits(like.dtype)
     source = state or NO_STATE
     grid = tiling(total // a, a, vector_of(like.dtype))
-    registers = most_registers(grid, like.element_size()) if fast(like) else None
+    registers = most_registers(grid, like.element_size(), kind)
     with launching(like):
         draw_kernel[(grid.programs,)](
             one.tensor, zero.tensor, value, scores, entropies, before, low, high, lo, hi,
@@ -863,7 +870,7 @@ def draw(
             GATHER=grid.gather, WIDE=grid.wide, CONC1=one.layout, CONC0=zero.layout, KIND=kind,
             LEAST=least, MOST=most, SCORE=score, ENTROPY=entropy, CLAMP=kind_of_clamp,
             KEEP=before is not None, HOST=source.pair is None, ADVANCE=source.ticket is not None,
-            FAST=fast(like), num_warps=grid.warps, **({"maxnreg": registers} if registers else {}),
+            FAST=fast(like), num_warps=grid.warps, **limited(like, registers),
         )  # fmt: skip
     return value, scores, entropies, kept
 

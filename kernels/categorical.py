@@ -49,6 +49,7 @@ from fastprob.kernels._launch import (
     State,
     fast,
     launching,
+    limited,
     parameter,
     tail,
 )
@@ -357,7 +358,7 @@ def draw(
     allowed, layout, mask_row, mask_column = _mask_parameter(mask, given, bool(shape))
     source = state or NO_STATE
     tiles = draw_tiling(total_rows, a, given.element_size(), form.value, probs and entropy)
-    registers = most_registers_of_draw(tiles, form.value) if fast(given) else None
+    registers = most_registers_of_draw(tiles, form.value)
     with launching(given):
         draw_kernel[(tiles.programs,)](
             read.tensor, allowed, index, value, scores, entropies,
@@ -370,7 +371,7 @@ def draw(
             KIND=form.kind, INDEX=form.index, VALUE=form.value, SCORE=score, ENTROPY=entropy,
             HOST=source.pair is None, ADVANCE=source.ticket is not None, KEEP=used is not None,
             FAST=fast(given), num_warps=tiles.warps,
-            **({"maxnreg": registers} if registers else {}),
+            **limited(given, registers),
         )  # fmt: skip
     return index, value, scores, entropies, used
 
@@ -425,7 +426,7 @@ def score(
         asked = read if value is None else parameter(value.contiguous(), 0, False)
     hot = hot and value is not None
     tiles = score_tiling(total_rows, a, given.element_size(), hot, probs and entropy)
-    registers = most_registers(tiles, hot) if fast(given) else None
+    registers = most_registers(tiles, hot)
     with launching(given):
         score_kernel[(tiles.programs,)](
             read.tensor, allowed, asked.tensor, index, scores, entropies, neg_inf,
@@ -436,7 +437,7 @@ def score(
             GIVEN=read.layout, MASK=layout, VALUE=asked.layout, PROBS=probs,
             EPS=_of_weights(given), HOT=hot, INDEX=index is not None, SCORE=value is not None,
             ENTROPY=entropy, FAST=fast(given), num_warps=tiles.warps,
-            **({"maxnreg": registers} if registers else {}),
+            **limited(given, registers),
         )  # fmt: skip
     return scores, entropies, index
 
@@ -482,7 +483,7 @@ def backward(
             grad_value.contiguous() if mean_index else grad_value, 0 if mean_index else 1, False
         )
     tiles = tiling(total_rows, a, given.element_size(), HELD_BACKWARD, True)
-    registers = most_registers_of_backward(tiles) if fast(given) else None
+    registers = most_registers_of_backward(tiles)
     with launching(given):
         backward_kernel[(tiles.programs,)](
             upstream.tensor, tail(grad_score), tail(grad_entropy), read.tensor, allowed, index,
@@ -493,6 +494,6 @@ def backward(
             GIVEN=read.layout, MASK=layout, VALUE=upstream.layout, PROBS=probs,
             EPS=_of_weights(given), BY_VALUE=by_value, BY_SCORE=grad_score is not None,
             BY_ENTROPY=grad_entropy is not None, FAST=fast(given), num_warps=tiles.warps,
-            **({"maxnreg": registers} if registers else {}),
+            **limited(given, registers),
         )  # fmt: skip
     return grad

@@ -32,6 +32,7 @@ from fastprob.kernels._launch import (
     FLAT,
     NO_MAPPING,
     NO_STATE,
+    Grid,
     Mapping,
     State,
     bounds_of,
@@ -42,6 +43,7 @@ from fastprob.kernels._launch import (
     forward_grid,
     gradients,
     launching,
+    limited,
     parameter,
     strided_rows,
     tail,
@@ -488,6 +490,19 @@ def score_backward_kernel(
         )  # fmt: skip
 
 
+def most_registers(grid: Grid, apart: bool) -> int | None:
+    """The most registers of a draw on NVIDIA's GPUs, None for the assembler's own choice.
+
+    That is 128 on sm_100 for several samples in chunks, clamped, with what a gradient needs, and 16
+    bytes of stack at A = 1025 in fp32; told 168, none.
+
+    Args:
+        grid: the tiles.
+        apart: whether parameters lie otherwise than the value does.
+    """
+    return 168 if grid.wide and apart else None
+
+
 def draw(
     loc: Tensor,  # [*batch, *event]
     scale: Tensor,  # [*batch, *event]
@@ -541,6 +556,7 @@ def draw(
     kind, lo, hi, low, high = bounds_of(clamp)
     source = state or NO_STATE
     grid = forward_grid(total_rows, a, vector_of(loc.dtype))
+    registers = most_registers(grid, (mu.layout, sigma.layout) != (FLAT, FLAT))
     with launching(loc):
         draw_kernel[(grid.programs,)](
             mu.tensor, sigma.tensor, value, scores, entropies, mapped, low, high, lo, hi,
@@ -551,7 +567,7 @@ def draw(
             RANDOM=state is not None, SCORE=score, ENTROPY=entropy,
             CLAMP=kind, MAP=raw.kind, HOST=source.pair is None,
             ADVANCE=source.ticket is not None, KEEP=used is not None, FAST=fast(loc),
-            num_warps=grid.warps,
+            num_warps=grid.warps, **limited(loc, registers),
         )  # fmt: skip
     return value, scores, entropies, used
 

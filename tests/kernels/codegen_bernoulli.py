@@ -51,6 +51,7 @@ def draw(
         f"bernoulli-{name}", bernoulli.draw_kernel, types(dtype), constants, grid.warps,
         grid.tile, (2 + sums / a) * size_of(dtype), slots,
         everywhere=everywhere, nvidia=nvidia,
+        registers=bernoulli.most_registers(grid, given["ENTROPY"], given["KEEP"]),
         through=through(grid, a, dtype, 1, stores=1, sums=sums, random=given["RANDOM"]),
         **forward(
             grid, a, dtype, 1, 1, sums=sums, random=given["RANDOM"], keep=given["KEEP"]
@@ -103,6 +104,7 @@ CASES = [
     draw(8, "fp32", False, 31, SCORE=False),
     draw(8, "fp32", False, 20, RANDOM=False),
     draw(8, "fp32", False, 55, ENTROPY=True, KEEP=True),
+    draw(8, "bf16", False, 51, nvidia=True, ENTROPY=True, KEEP=True),
     draw(1, "fp32", False, 46),
     draw(17, "fp32", False, 49, everywhere=True),
     draw(64, "fp32", False, 50),

@@ -59,7 +59,7 @@ def draw(
         grid.tile,
         (3 + keep + (score + entropy) / a) * size_of(dtype), slots,
         everywhere=everywhere, nvidia=nvidia,
-        registers=beta.most_registers(grid, size_of(dtype)),
+        registers=beta.most_registers(grid, size_of(dtype), kind),
         through=through(
             grid, a, dtype, 2, stores=1 + keep, sums=score + entropy, random=random
         ),
@@ -138,7 +138,9 @@ CASES = [
     draw(257, "fp32", 345, nvidia=True),
     draw(257, "bf16", 350),
     draw(257, "fp32", 410, entropy=True, nvidia=True),
+    draw(257, "fp32", 412, entropy=True, clamp=2, nvidia=True),
     draw(257, "bf16", 410, entropy=True, nvidia=True),
+    draw(257, "bf16", 240, kind=beta.MODE, entropy=True, clamp=2, keep=True, nvidia=True),
     draw(257, "bf16", 425, entropy=True, clamp=2, keep=True, nvidia=True),
     draw(260, "bf16", 355, clamp=2, keep=True, nvidia=True),
     draw(513, "fp32", 345),

@@ -84,8 +84,10 @@ def draw(
     writes = given["MAP"] > several
     moved = (3 + writes + given["SCORE"] / a) * size_of(dtype)
     elements = grid.tile
-    # Of those begun anew for each sample from rows apart no stride is known.
-    scattered = (given.get("LOC") == 3) + (given.get("SCALE") == 3)
+    # Of those begun anew for each sample from rows apart no stride is known; from others no vector
+    # that a sample may begin within.
+    apart = (1, 3) if a * size_of(dtype) % 16 else (3,)
+    scattered = (given.get("LOC") in apart) + (given.get("SCALE") in apart)
     each = vectors(
         size_of(dtype), min(grid.count, grid.tile) if grid.wide else grid.count, grid.warps
     )
@@ -95,6 +97,7 @@ def draw(
     return Case(
         f"normal-{name}", normal.draw_kernel, types(dtype), constants, grid.warps, elements,
         moved, slots, everywhere=everywhere, nvidia=nvidia,
+        registers=normal.most_registers(grid, (constants["LOC"], constants["SCALE"]) != (0, 0)),
         through=through(
             grid, a, dtype, 2, stores=1 + writes, sums=given["SCORE"] + given["ENTROPY"],
             random=given["RANDOM"],
@@ -203,6 +206,7 @@ CASES = [
     draw(1025, "bf16", 48),
     draw(1500, "fp32", 38),
     draw(1500, "bf16", 44),
+    draw(1025, "fp32", nvidia=True, LOC=1, SCALE=1, CLAMP=1, KEEP=True),
     # From a raw output.
     draw(8, "fp32", 65, MAP=1, LOC=6, SCALE=6),
     draw(8, "bf16", 62, MAP=1, LOC=10, SCALE=10, everywhere=True),
