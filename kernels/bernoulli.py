@@ -29,6 +29,7 @@ from fastprob.kernels import _math as m
 from fastprob.kernels import _random as random
 from fastprob.kernels import _tile as tile
 from fastprob.kernels._launch import (
+    LARGER,
     NO_STATE,
     Grid,
     State,
@@ -532,9 +533,14 @@ def most_registers(grid: Grid, entropy: bool, keep: bool) -> int | None:
     """The most registers of a draw on NVIDIA's GPUs, None for the assembler's own choice.
 
     That is 80 on sm_100 for logits in bf16 at A = 8 with the entropy and what a gradient needs, and
-    8 bytes of stack; told 128 it takes 96, and none.
+    8 bytes of stack; told 128 it takes 96, and none. And 64 on sm_80 for draws without a score in
+    programs of 8 warps, at A = 257 in fp32, with as many.
     """
-    return 128 if entropy and keep and not grid.wide else None
+    if grid.wide:
+        return None
+    if entropy and keep:
+        return 128
+    return 96 if grid.warps == LARGER[1] else None
 
 
 def draw(

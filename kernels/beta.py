@@ -42,6 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastprob.kernels import _halves as halves
 from fastprob.kernels import _math as m
 from fastprob.kernels import _random as random
 from fastprob.kernels import _tile as tile
@@ -110,22 +111,40 @@ def tiling(rows: int, a: int, vector: int) -> Grid:
     return Grid(-(-rows // own), count, own * a, padded, own, True, False, warps)
 
 
-def most_registers(grid: Grid, size: int, kind: int) -> int | None:
+_AMD = torch.version.hip is not None
+
+
+def form_of(grid: Grid, size: int, entropy: bool, amd: bool = False) -> int:
+    """How the scores of a draw are computed, see `_halves`.
+
+    In halves for rows of 16 bits in chunks, with the entropy: 8 elements at once had up to 24 bytes
+    of stack on sm_100, whatever the assembler was told.
+
+    Args:
+        grid: the tiles.
+        size: bytes of an element.
+        entropy: whether the entropy is wanted.
+        amd: whether it runs on AMD, where a thread has fewer.
+    """
+    return halves.EIGHTS if grid.wide and size == 2 and entropy and not amd else halves.WHOLE
+
+
+def most_registers(grid: Grid, size: int, kind: int, entropy: bool) -> int | None:
     """The most registers of a draw on NVIDIA's GPUs, None for the assembler's own choice.
 
-    Told 240 it comes out without a stack for rows of 16 bits in chunks, at as many issue slots. By
-    itself it gives 24 bytes on sm_100 to a draw with the entropy at A = 257, 16 to one that is
-    clamped at A = 260. To modes it gives none, and 16 bytes where told 240. In fp32, with half the
-    elements, it takes 128 at A = 257 on sm_80, and 8 bytes; told 168, none.
+    Draws of 16 bits in chunks have 16 bytes of stack on sm_100 where they are clamped at A = 260;
+    told 232, none. In halves, for the entropy, it takes 168 at A = 65, with 16 bytes; told 200,
+    none. In fp32, with half the elements, 128 at A = 257 on sm_80, and 8 bytes; told 168, none.
 
     Args:
         grid: the tiles.
         size: bytes of an element.
         kind: how the value is chosen.
+        entropy: whether the entropy is wanted.
     """
     if not grid.wide or kind != RANDOM:
         return None
-    return 240 if size == 2 else 168
+    return (200 if entropy else 232) if size == 2 else 168
 
 
 @triton.jit
@@ -386,6 +405,31 @@ def scored(
 
 
 @triton.jit
+def _scored(
+    a, b, x, COUNT: tl.constexpr, SCORE: tl.constexpr, ENTROPY: tl.constexpr, ENDS: tl.constexpr,
+    FAST: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """`scored`, of one half of a tile after the other where CUT, see `_halves`."""
+    if CUT == halves._WHOLE:
+        return scored(a, b, x, SCORE, ENTROPY, ENDS, FAST)
+    else:
+        a0, a1 = halves.cut(a, COUNT, CUT)
+        b0, b1 = halves.cut(b, COUNT, CUT)
+        x0, x1 = halves.cut(x, COUNT, CUT)
+        score0, score1 = a0, a1
+        entropy0, entropy1 = a0, a1
+        for _ in range(2):
+            score, entropy = scored(a0, b0, x0, SCORE, ENTROPY, ENDS, FAST)
+            score0, score1 = score1, score
+            entropy0, entropy1 = entropy1, entropy
+            a0, b0, x0 = a1, b1, x1
+        return (
+            halves.joined_terms(score0, score1, COUNT, CUT),
+            halves.joined_terms(entropy0, entropy1, COUNT, CUT),
+        )
+
+
+@triton.jit
 def _draw_tile(
     conc1, conc0, value, drawn_value, low, high, lo, hi, seed, call,
     start, read, kept, rows,
@@ -393,7 +437,7 @@ def _draw_tile(
     A: tl.constexpr, COUNT: tl.constexpr, TILE: tl.constexpr, CONC1: tl.constexpr,
     CONC0: tl.constexpr, KIND: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     SCORE: tl.constexpr, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr,
-    FAST: tl.constexpr, WHOLE: tl.constexpr,
+    FAST: tl.constexpr, CUT: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Writes the values of one tile; gives their scores and entropies.
 
@@ -427,7 +471,7 @@ def _draw_tile(
     if SCORE or ENTROPY:
         # The score is that of the value as it is stored, or would be without a clamp.
         x = x.to(value.dtype.element_ty).to(tl.float32)
-        score, entropy = scored(a, b, x, SCORE, ENTROPY, KIND != _RANDOM, FAST)
+        score, entropy = _scored(a, b, x, COUNT, SCORE, ENTROPY, KIND != _RANDOM, FAST, CUT)
     return score, entropy
 
 
@@ -454,7 +498,7 @@ def _draw_rows(
     A: tl.constexpr, COUNT: tl.constexpr, OWN: tl.constexpr, CONC1: tl.constexpr,
     CONC0: tl.constexpr, KIND: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     SCORE: tl.constexpr, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr,
-    FAST: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr,
+    FAST: tl.constexpr, CUT: tl.constexpr, UNIT: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     """OWN wide rows chunk by chunk; UNIT and LAST as of `_tile.wide_rows`."""
     THREADS: tl.constexpr = 32  # One warp.
@@ -470,7 +514,7 @@ def _draw_rows(
             start + chunk, read - chunk, kept - chunk, rows,
             conc1_row, conc1_column, conc0_row, conc0_column,
             A, COUNT, COUNT, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
-            A % COUNT == 0,
+            CUT, A % COUNT == 0,
         )  # fmt: skip
         if chunk < skip:
             terms = tl.where(i < skip, 0.0, terms)
@@ -499,7 +543,7 @@ def draw_kernel(
     OWN: tl.constexpr, GATHER: tl.constexpr, WIDE: tl.constexpr, CONC1: tl.constexpr,
     CONC0: tl.constexpr, KIND: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr,
     SCORE: tl.constexpr, ENTROPY: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr,
-    HOST: tl.constexpr, ADVANCE: tl.constexpr, FAST: tl.constexpr,
+    HOST: tl.constexpr, ADVANCE: tl.constexpr, FAST: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Values, scores and entropies of OWN rows; chunk by chunk where WIDE."""
     program = tl.program_id(0).to(tl.int64)
@@ -512,14 +556,14 @@ def draw_kernel(
                 conc1, conc0, value, score, entropy, drawn_value, low, high, lo, hi, seed, call,
                 program, total_rows, rows, conc1_row, conc1_column, conc0_row, conc0_column,
                 A, COUNT, OWN, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
-                UNIT, False,
+                CUT, UNIT, False,
             )  # fmt: skip
         else:
             _draw_rows(
                 conc1, conc0, value, score, entropy, drawn_value, low, high, lo, hi, seed, call,
                 program, total_rows, rows, conc1_row, conc1_column, conc0_row, conc0_column,
                 A, COUNT, OWN, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP, FAST,
-                UNIT, True,
+                CUT, UNIT, True,
             )  # fmt: skip
     else:
         start = program * TILE
@@ -530,7 +574,7 @@ def draw_kernel(
                 start, COUNT, COUNT, rows,
                 conc1_row, conc1_column, conc0_row, conc0_column,
                 A, COUNT, TILE, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP,
-                FAST, True,
+                FAST, CUT, True,
             )  # fmt: skip
             _store_sums(
                 score, entropy, scores, entropies, program * OWN, total_rows, rows,
@@ -543,7 +587,7 @@ def draw_kernel(
                 start, left, left, rows,
                 conc1_row, conc1_column, conc0_row, conc0_column,
                 A, COUNT, TILE, CONC1, CONC0, KIND, LEAST, MOST, SCORE, ENTROPY, CLAMP, KEEP,
-                FAST, False,
+                FAST, CUT, False,
             )  # fmt: skip
             _store_sums(
                 score, entropy, scores, entropies, program * OWN, total_rows, rows,
@@ -860,7 +904,7 @@ def draw(
     least, most = limits(like.dtype)
     source = state or NO_STATE
     grid = tiling(total // a, a, vector_of(like.dtype))
-    registers = most_registers(grid, like.element_size(), kind)
+    registers = most_registers(grid, like.element_size(), kind, entropy)
     with launching(like):
         draw_kernel[(grid.programs,)](
             one.tensor, zero.tensor, value, scores, entropies, before, low, high, lo, hi,
@@ -870,7 +914,8 @@ def draw(
             GATHER=grid.gather, WIDE=grid.wide, CONC1=one.layout, CONC0=zero.layout, KIND=kind,
             LEAST=least, MOST=most, SCORE=score, ENTROPY=entropy, CLAMP=kind_of_clamp,
             KEEP=before is not None, HOST=source.pair is None, ADVANCE=source.ticket is not None,
-            FAST=fast(like), num_warps=grid.warps, **limited(like, registers),
+            FAST=fast(like), CUT=form_of(grid, like.element_size(), entropy, _AMD),
+            num_warps=grid.warps, **limited(like, registers),
         )  # fmt: skip
     return value, scores, entropies, kept
 

@@ -208,6 +208,11 @@ def test_the_turn_is_that_of_the_innermost_loop_that_takes_the_most_of_the_way()
     # Two turns of the outer loop, and in each one of the loop in it.
     inner = [listing[i][1] for i in (1, 2, 3)]
     assert machine.innermost_turn(listing, way) == inner * 2
+    # A loop in which threads wait for each other, and one in which they do not, which is shorter.
+    listing[1:3] = [(0x10, "BAR.SYNC 0x0"), (0x20, "MUFU.RCP R1, R1")]
+    listing[4] = (0x40, "FADD R1, R1, R1")
+    way = machine.shortest_path(listing, ["LDG.128", "LDG.128"])
+    assert machine.innermost_turn(listing, way) == [listing[i][1] for i in (4, 5)] * 2
 
 
 def test_the_shortest_way_leaves_out_a_slow_path():

@@ -110,6 +110,7 @@ CASES = [
     draw(64, "fp32", False, 50),
     draw(257, "fp32", False, 57),
     draw(257, "bf16", False, 53),
+    draw(257, "fp32", False, 36, nvidia=True, SCORE=False),
     # Rows in chunks.
     draw(1025, "fp32", False, 59, nvidia=True),
     draw(1025, "bf16", False, 58),

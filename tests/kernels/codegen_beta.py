@@ -45,6 +45,7 @@ def draw(
         **tiling(grid, a), "CONC1": 0, "CONC0": 0, "KIND": kind, "LEAST": least, "MOST": most,
         "SCORE": score, "ENTROPY": entropy, "CLAMP": clamp, "KEEP": keep, "HOST": not random,
         "ADVANCE": random, "FAST": True, "seed": None, "call": None, "used": None,
+        "CUT": beta.form_of(grid, size_of(dtype), entropy),
     }  # fmt: skip
     wanted = {
         "score": score, "entropy": entropy, "state": random, "ticket": random, "drawn_value": keep,
@@ -59,7 +60,8 @@ def draw(
         grid.tile,
         (3 + keep + (score + entropy) / a) * size_of(dtype), slots,
         everywhere=everywhere, nvidia=nvidia,
-        registers=beta.most_registers(grid, size_of(dtype), kind),
+        registers=beta.most_registers(grid, size_of(dtype), kind, entropy),
+        turns=2 if constants["CUT"] else 1,
         through=through(
             grid, a, dtype, 2, stores=1 + keep, sums=score + entropy, random=random
         ),
@@ -146,6 +148,7 @@ CASES = [
     draw(513, "fp32", 345),
     draw(1500, "fp32", 315),
     draw(1500, "bf16", 318, nvidia=True),
+    draw(1500, "bf16", 375, entropy=True, clamp=2, nvidia=True),
     draw(8, "fp32", 310, clamp=1, keep=True),
     draw(8, "fp32", 310, clamp=2),
     draw(8, "bf16", 310, clamp=1),

@@ -81,17 +81,20 @@ def draw(
     name += "-extracted" * extracted + "-several" * several
     # A scale that is mapped is written once, by tiles of the first sample alone.
     writes = extracted > several
+    # Raw rows that are no whole vectors have none.
+    scattered = 2 * (extracted and a * size_of(dtype) % 16 > 0)
+    stores = 3 if grid.wide else 6
     return Case(
         name, kernel, _types(dtype), constants, grid.warps, grid.tile,
         (3 + writes + 1 / a) * size_of(dtype), slots, everywhere=everywhere,
-        nvidia=nvidia,
+        nvidia=nvidia, registers=tanh_normal.most_registers(grid, a, kind, several),
         through=through(grid, a, dtype, 2, stores=1 + writes, sums=1, random=random),
         **forward(
-            grid, a, dtype, 2, 1 + writes, sums=1, random=random,
+            grid, a, dtype, 2 - scattered, 1 + writes, sums=1, random=random, scattered=scattered,
             repeated=2 * (span == 2) + 2 * (clamp == 2),
         ),
         # In a tile and the last one: the value, and the scale of the first sample or its end.
-        anywhere=(0, 6 * vectors(size_of(dtype), grid.count, grid.warps)) if several else None,
+        anywhere=(0, stores * vectors(size_of(dtype), grid.count, grid.warps)) if several else None,
     )  # fmt: skip
 
 
@@ -184,6 +187,8 @@ CASES = [
     draw(8, "fp32", 187, kind=tanh_normal.MEAN, everywhere=True),
     draw(8, "bf16", 190, kind=tanh_normal.MEAN),
     draw(257, "fp32", 204, kind=tanh_normal.MEAN),
+    draw(17, "fp32", 190, kind=tanh_normal.MEAN, nvidia=True),
+    draw(1025, "bf16", extracted=True, several=True, nvidia=True),
     draw_backward(8, "fp32", 170, kind=tanh_normal.MODE, everywhere=True),
     draw_backward(8, "bf16", 176, span=1, clamp=1, kind=tanh_normal.MODE),
     draw_backward(8, "fp32", 278, kind=tanh_normal.MEAN, everywhere=True),
