@@ -83,7 +83,7 @@ def draw(
     writes = extracted > several
     # Raw rows that are no whole vectors have none.
     scattered = 2 * (extracted and a * size_of(dtype) % 16 > 0)
-    stores = 3 if grid.wide else 6
+    anywhere = several and not (grid.wide and scattered)
     return Case(
         name, kernel, _types(dtype), constants, grid.warps, grid.tile,
         (3 + writes + 1 / a) * size_of(dtype), slots, everywhere=everywhere,
@@ -94,7 +94,7 @@ def draw(
             repeated=2 * (span == 2) + 2 * (clamp == 2),
         ),
         # In a tile and the last one: the value, and the scale of the first sample or its end.
-        anywhere=(0, stores * vectors(size_of(dtype), grid.count, grid.warps)) if several else None,
+        anywhere=(0, 6 * vectors(size_of(dtype), grid.count, grid.warps)) if anywhere else None,
     )  # fmt: skip
 
 
