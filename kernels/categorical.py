@@ -16,7 +16,7 @@ With the gradients gl of the score, gh of the entropy and g of the value's proba
 
 Rows lie in one of three ways, chosen at launch:
 
-- SPLIT, A a power of two or long, up to 2048: `[REP, ROWS, LANES]` with category
+- SPLIT, A a power of two or long, up to 2560 or 8192: `[REP, ROWS, LANES]` with category
   rep LANES + lane, so that loads are vectors of neighbours and sums go over REP within a thread.
   Where A is no multiple of a vector of 16 bytes, each row is shifted to its place within one:
   vectors are read whole, of the rows beside as well, and what lies at the two ends of a row is
