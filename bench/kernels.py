@@ -79,25 +79,26 @@ def report_code(quick: bool, folder: Path | None) -> int:
         task = progress.add_task("kernels", total=len(cases))
         for case in cases:
             progress.update(task, description=case.name)
-            code = machine.read(machine.compiled(case, "sm_90"))
+            code = machine.looked_at(case, "sm_90")
+            slots, roof = machine.slots_per_element(case, code), machine.roof(case, code)
             row = {
                 "kernel": case.name,
                 "bytes_per_element": round(case.bytes, 2),
-                "slots_per_element": round(machine.slots_per_element(case, code), 1),
+                "slots_per_element": None if slots is None else round(slots, 1),
                 "limit": case.slots,
                 "registers": code.registers,
                 "stack": code.stack,
-                "predicted_part_of_copy_speed": round(machine.roof(case, code), 3),
+                "predicted_part_of_copy_speed": None if roof is None else round(roof, 3),
             }
             rows.append(row)
             table.add_row(
                 case.name,
                 f"{row['bytes_per_element']:.2f}",
-                f"{row['slots_per_element']:.1f}",
+                "" if slots is None else f"{slots:.1f}",
                 "" if case.slots is None else f"{case.slots:g}",
                 str(row["registers"]),
                 str(row["stack"]),
-                f"{row['predicted_part_of_copy_speed']:.0%}",
+                "" if roof is None else f"{roof:.0%}",
             )
             progress.advance(task)
     console.print(table)

@@ -36,9 +36,10 @@ def _size(dtype: str) -> int:
 
 
 def _case(
-    name, kernel, tile, a, dtype, types, flags, wanted, moved, slots, where, stored, registers=None
+    name, kernel, tile, a, dtype, types, flags, wanted, moved, slots, where, stored, registers=None,
+    once=True,
 ):  # fmt: skip
-    """A case; slots of rows in chunks are asked of kernels with one loop over them alone."""
+    """A case; slots of rows in chunks are counted where a kernel goes over them `once`."""
     constants = {
         "A": a, "COUNT": tile.count, "REP": tile.rep, "ROWS": tile.rows, "LANES": tile.lanes,
         "PIECE": tile.piece, "OWN": tile.own, "VECTOR": tile.vector, "CHUNKS": tile.chunks,
@@ -58,7 +59,8 @@ def _case(
     return Case(
         f"categorical-{name}", kernel, types, constants, tile.warps, elements, moved,
         slots, everywhere=where == EVERYWHERE, nvidia=where == NVIDIA, registers=registers,
-        turns=-(-need // tile.count) if wide else 1, through=("LDG.128",) if wide else (),
+        counted=once or not wide, turns=-(-need // tile.count) if wide else 1,
+        through=("LDG.128",) if wide else (),
         accesses=(vectors, vectors * stored // _size(dtype)),
     )  # fmt: skip
 
@@ -95,7 +97,7 @@ def draw(a: int, dtype: str, slots: float | None = None, where: str = "sm_90", *
     return _case(
         name, kernels.draw_kernel, tile, a, dtype,
         _types(dtype, "i64" if value == ONE_HOT else dtype), given, wanted, moved, slots,
-        where, stored, kernels.most_registers_of_draw(tile, value),
+        where, stored, kernels.most_registers_of_draw(tile, value), not (twice or value),
     )  # fmt: skip
 
 
@@ -107,12 +109,13 @@ def score(a: int, dtype: str, slots: float | None = None, where: str = "sm_90", 
         "MASK": -1, "PROBS": False, "VALUE": 0, "HOT": False, "INDEX": False, "SCORE": True,
         "ENTROPY": True, **flags,
     }  # fmt: skip
-    tile = kernels.score_tiling(ROWS, a, _size(dtype), hot, given["PROBS"] and given["ENTROPY"])
+    twice = given["PROBS"] and given["ENTROPY"]
+    tile = kernels.score_tiling(ROWS, a, _size(dtype), hot, twice)
     wanted = {"mask": given["MASK"] >= 0, "index": given["INDEX"]}
     moved = _size(dtype) + 8 * given["HOT"] + (8 * (not given["HOT"]) + 2 * _size(dtype)) / a
     return _case(
         name, kernels.score_kernel, tile, a, dtype, _types(dtype), given, wanted, moved, slots,
-        where, 0, kernels.most_registers(tile, hot),
+        where, 0, kernels.most_registers(tile, hot), not (twice or hot),
     )  # fmt: skip
 
 
@@ -129,7 +132,7 @@ def backward(a: int, dtype: str, slots: float | None = None, where: str = "sm_90
     moved = read * _size(dtype) + (8 + 2 * _size(dtype)) / a
     return _case(
         name, kernels.backward_kernel, tile, a, dtype, _types(dtype), given, wanted, moved, slots,
-        where, _size(dtype), kernels.most_registers_of_backward(tile),
+        where, _size(dtype), kernels.most_registers_of_backward(tile), False,
     )  # fmt: skip
 
 

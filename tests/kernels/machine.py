@@ -51,6 +51,7 @@ class Case:
         through: kinds of access that the shortest way has in this order, where there are such: the
             loads of all chunks of wide rows, and the stores of their sums.
         turns: of the innermost loop on the shortest way.
+        counted: whether the way is known: not where a kernel goes over a row by several loops.
         registers: most that the assembler may take on NVIDIA's targets; None for its own choice.
         amd: what differs there: constants, and `"warps"`.
     """
@@ -69,6 +70,7 @@ class Case:
     anywhere: tuple[int, int] | None = None
     through: tuple[str, ...] = ()
     turns: int = 1
+    counted: bool = True
     registers: int | None = None
     amd: dict[str, int] = field(default_factory=dict)
     nvidia: bool = False
@@ -133,6 +135,11 @@ def _tool(name: str) -> str:
 def _run(tool: str, *arguments: str) -> str:
     done = subprocess.run([_tool(tool), *arguments], capture_output=True, text=True, check=True)
     return done.stdout
+
+
+def looked_at(case: Case, target: str) -> Code:
+    """What a case is made of on one of NVIDIA's targets."""
+    return read(compiled(case, target), case.through)
 
 
 def read(binary: Any, through: Sequence[str] = ()) -> Code:
@@ -329,15 +336,19 @@ def pipe_cycles(way: list[str]) -> dict[str, float]:
 PARTS, CLOCK, BANDWIDTH = 132 * 4, 1.98e9, 4.3e12
 
 
-def roof(case: Case, code: Code) -> float:
+def roof(case: Case, code: Code) -> float | None:
     """Time that memory takes over the time that the busiest pipe takes or memory, at most 1."""
+    if not case.counted:
+        return None
     more = case.turns - 1
     busy = max(n + more * code.turn.get(pipe, 0) for pipe, n in code.pipes.items())
     computing = busy * case.warps / case.elements / (PARTS * CLOCK)
     return min(1.0, case.bytes / BANDWIDTH / computing)
 
 
-def slots_per_element(case: Case, code: Code) -> float:
+def slots_per_element(case: Case, code: Code) -> float | None:
     """Issue slots for each element: those of a warp, over the elements of one of its threads."""
+    if not case.counted:
+        return None
     slots = code.slots + (case.turns - 1) * code.turn.get("issue", 0)
     return slots * 32 * case.warps / case.elements
