@@ -147,6 +147,15 @@ def most_registers(grid: Grid, size: int, kind: int, entropy: bool) -> int | Non
     return (200 if entropy else 232) if size == 2 else 168
 
 
+def most_registers_of_backward(kind: int, clamp: int) -> int | None:
+    """The same of a gradient.
+
+    That is 128 on sm_90 for a mean clamped to bounds of each element, and 8 bytes of stack; told
+    144, none.
+    """
+    return 144 if kind == MEAN and clamp else None
+
+
 @triton.jit
 def _any_below_one(a, b):
     """Whether a tile needs the formulas for a concentration below 1."""
@@ -1089,5 +1098,6 @@ def _backward(
             UPSTREAM=upstream.layout, KIND=kind, BY_VALUE=grad_value is not None,
             BY_SCORE=grad_score is not None, BY_ENTROPY=grad_entropy is not None,
             TO_VALUE=to_value, CLAMP=kind_of_clamp, FAST=fast(like), num_warps=warps,
+            **limited(like, most_registers_of_backward(kind, kind_of_clamp)),
         )  # fmt: skip
     return fold(grad_one, concentration1), fold(grad_zero, concentration0), grad_scored

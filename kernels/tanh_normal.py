@@ -666,22 +666,23 @@ def _limit(x: Tensor, safe: bool) -> float:
     return LIMITS[x.dtype] if safe else 1.0
 
 
-def most_registers(grid: Grid, a: int, kind: int, several: bool) -> int | None:
+def most_registers(grid: Grid, a: int, kind: int, raw: bool, spanned: bool) -> int | None:
     """The most registers of a draw on NVIDIA's GPUs, None for the assembler's own choice.
 
-    That is 96 on sm_100 for a mean at A = 17 in fp32, and 8 bytes of stack; told 168, none. And 168
-    on sm_90 for several samples from a raw output in chunks, at A = 1025 in bf16, with as many;
-    told 200, none.
+    That is 96 on sm_100 for a mean at A = 17 in fp32, and 8 bytes of stack; told 168, none. 128 for
+    a mode between bounds of each element on sm_80, at A = 8 in bf16, likewise. And 168 on sm_90 for
+    draws from a raw output in chunks, at A = 1025, with as many; told 200, none.
 
     Args:
         grid: the tiles.
         a: size of a row.
         kind: how the value is chosen.
-        several: whether parameters begin anew for each sample.
+        raw: whether the scale is mapped.
+        spanned: whether bounds are tensors.
     """
     if grid.wide:
-        return 200 if several and a % 4 else None
-    return 168 if kind == MEAN and grid.gather else None
+        return 200 if raw and a % 4 else None
+    return 168 if (kind == MEAN and grid.gather) or (kind == MODE and spanned) else None
 
 
 def draw(
@@ -750,9 +751,23 @@ def draw(
             KIND=how, SCORE=score, SPAN=span, LIMIT=_limit(loc, bounds.safe), CLAMP=kind,
             MAP=raw.kind, HOST=source.pair is None, ADVANCE=source.ticket is not None,
             KEEP=used is not None, FAST=fast(loc), num_warps=grid.warps,
-            **limited(loc, most_registers(grid, a, how, bool(shape))),
+            **limited(loc, most_registers(grid, a, how, raw.kind > 0, span == 2)),
         )  # fmt: skip
     return value, scores, used
+
+
+def threads(kind: int, span: int, size: int) -> int:
+    """Times the warps of `_launch`'s tiles that a gradient of a draw has.
+
+    A mean between bounds of each element has 4 elements a thread in fp32, one vector: 62 registers
+    at A = 17 on sm_90, where 8 took 128 and 8 bytes of stack, at 288 issue slots each.
+
+    Args:
+        kind: how the value is chosen.
+        span: 2 where bounds are tensors.
+        size: bytes of an element.
+    """
+    return 2 if kind == MEAN and span == 2 and size == 4 else 1
 
 
 def draw_backward(
@@ -811,7 +826,9 @@ def draw_backward(
     upstream = parameter(grad_value if grad_value is not None else loc, ndims, False)
     further = parameter(grad_mapped if grad_mapped is not None else loc, ndims, False)
     kind, lo, hi, low, high = bounds_of(clamp)
+    how = point if used is None else RANDOM
     programs, count, warps = flat_grid(total)
+    warps *= threads(how, span, loc.element_size())
     with launching(loc):
         draw_backward_kernel[(programs,)](
             upstream.tensor, tail(grad_score), further.tensor, mu.tensor, sigma.tensor,
@@ -820,7 +837,7 @@ def draw_backward(
             total, loc.numel() // a, upstream.row, upstream.column, mu.row, mu.column,
             sigma.row, sigma.column, further.row, further.column, out_row,
             A=a, COUNT=count, VALUE=upstream.layout, LOC=mu.layout, SCALE=sigma.layout,
-            KIND=point if used is None else RANDOM, BY_VALUE=grad_value is not None,
+            KIND=how, BY_VALUE=grad_value is not None,
             BY_SCORE=grad_score is not None, SPAN=span, LIMIT=_limit(loc, bounds.safe),
             CLAMP=kind, MAP=raw.kind, MAPPED=further.layout if grad_mapped is not None else -1,
             OUT=out, FAST=fast(loc), num_warps=warps,

@@ -91,8 +91,9 @@ def score(
 
 
 def backward(
-    a: int, dtype: str, kind: int, slots: float, everywhere: bool = False, clamp: int = 0
-) -> Case:
+    a: int, dtype: str, kind: int, slots: float, everywhere: bool = False, clamp: int = 0,
+    nvidia: bool = False,
+) -> Case:  # fmt: skip
     count, warps = FLAT_TILE
     given = kind == beta.GIVEN
     constants = {
@@ -107,7 +108,8 @@ def backward(
     return Case(
         f"beta-{KINDS[kind]}-backward-{a}-{dtype}" + (f"-clamp={clamp}" if clamp else ""),
         beta.backward_kernel, types(dtype), constants, warps, count, moved, slots,
-        everywhere=everywhere,
+        everywhere=everywhere, nvidia=nvidia,
+        registers=beta.most_registers_of_backward(kind, clamp),
         **flat(
             a, dtype, 3 if given else 4, 2, slopes=2 * (kind == beta.RANDOM),
             by_first=given, repeated=2 * (clamp == 2),
@@ -165,6 +167,7 @@ CASES = [
     backward(8, "fp32", beta.RANDOM, 140, everywhere=True),
     backward(8, "fp32", beta.RANDOM, 145, everywhere=True, clamp=1),
     backward(8, "fp32", beta.RANDOM, 145, clamp=2),
+    backward(8, "fp32", beta.MEAN, 146, clamp=2, nvidia=True),
     backward(17, "bf16", beta.MODE, 190, clamp=2),
     backward(8, "fp32", beta.GIVEN, 168, everywhere=True),
     backward(17, "fp32", beta.GIVEN, 184),

@@ -47,6 +47,16 @@ def tiling(grid: Grid, a: int) -> dict[str, int | bool]:
 APART = {"fp32": 6, "bf16": 10, "fp16": 10}
 
 
+def written(writes: bool, several: bool, scattered: int) -> int:
+    """What `through` is told of stores: none of several samples, which its loads tell apart.
+
+    Where those are no vectors either, the way is that of the first sample, which writes the scale.
+    """
+    if several:
+        return 2 if scattered else 0
+    return 1 + writes
+
+
 def summed(dtype: str) -> dict[str, str]:
     """Types of the arguments, where the gradients of several samples are to be added up in fp32."""
     return {**types(dtype), **dict.fromkeys(("grad_loc", "grad_scale"), "*fp32")}
@@ -99,8 +109,8 @@ def draw(
         moved, slots, everywhere=everywhere, nvidia=nvidia,
         registers=normal.most_registers(grid, (constants["LOC"], constants["SCALE"]) != (0, 0)),
         through=through(
-            grid, a, dtype, 2, stores=1 + writes, sums=given["SCORE"] + given["ENTROPY"],
-            random=given["RANDOM"],
+            grid, a, dtype, 2, stores=written(writes, several, scattered),
+            sums=given["SCORE"] + given["ENTROPY"], random=given["RANDOM"],
         ),
         **forward(
             grid, a, dtype, 2 - scattered, 1 + writes, sums=given["SCORE"] + given["ENTROPY"],

@@ -10,7 +10,7 @@ from fastprob.kernels import tanh_normal
 from fastprob.kernels._launch import FLAT_TILE, forward_grid
 from tests.kernels import codegen_normal
 from tests.kernels.accesses import flat, forward, size_of, through, vectors
-from tests.kernels.codegen_normal import APART, ROWS, summed, tiling
+from tests.kernels.codegen_normal import APART, ROWS, summed, tiling, written
 from tests.kernels.machine import Case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,8 +87,10 @@ def draw(
     return Case(
         name, kernel, _types(dtype), constants, grid.warps, grid.tile,
         (3 + writes + 1 / a) * size_of(dtype), slots, everywhere=everywhere,
-        nvidia=nvidia, registers=tanh_normal.most_registers(grid, a, kind, several),
-        through=through(grid, a, dtype, 2, stores=1 + writes, sums=1, random=random),
+        nvidia=nvidia, registers=tanh_normal.most_registers(grid, a, kind, extracted, span == 2),
+        through=through(
+            grid, a, dtype, 2, stores=written(writes, several, scattered), sums=1, random=random
+        ),
         **forward(
             grid, a, dtype, 2 - scattered, 1 + writes, sums=1, random=random, scattered=scattered,
             repeated=2 * (span == 2) + 2 * (clamp == 2),
@@ -109,8 +111,10 @@ def draw_backward(
     extracted: bool = False,
     several: bool = False,
     everywhere: bool = False,
+    nvidia: bool = False,
 ) -> Case:
     count, warps = FLAT_TILE
+    times = tanh_normal.threads(kind, span, size_of(dtype))
     kernel = tanh_normal.draw_backward_kernel
     constants = {
         "A": a, "COUNT": count, "VALUE": 0, "LOC": 0, "SCALE": 0, "KIND": kind,
@@ -123,10 +127,11 @@ def draw_backward(
     name += "-extracted" * extracted + "-several" * several
     each, out = vectors(size_of(dtype), count, warps), "fp32" if several else dtype
     return Case(
-        name, kernel, _types(dtype, several), constants, warps, count,
+        name, kernel, _types(dtype, several), constants, times * warps, count,
         (3 + 1 / a) * size_of(dtype) + 2 * size_of(out), slots, everywhere=everywhere,
+        nvidia=nvidia,
         **flat(
-            a, dtype, 3, 2, random=kind == tanh_normal.RANDOM, out=out,
+            a, dtype, 3, 2, random=kind == tanh_normal.RANDOM, out=out, warps=times,
             repeated=2 * (span == 2) + 2 * (clamp == 2),
         ),
         # Those of the scale's gradient too, in a tile of the first sample or its end.
@@ -189,10 +194,13 @@ CASES = [
     draw(257, "fp32", 204, kind=tanh_normal.MEAN),
     draw(17, "fp32", 190, kind=tanh_normal.MEAN, nvidia=True),
     draw(1025, "bf16", extracted=True, several=True, nvidia=True),
+    draw(1025, "fp32", extracted=True, nvidia=True),
+    draw(8, "bf16", 166, span=2, clamp=2, kind=tanh_normal.MODE, nvidia=True),
     draw_backward(8, "fp32", 170, kind=tanh_normal.MODE, everywhere=True),
     draw_backward(8, "bf16", 176, span=1, clamp=1, kind=tanh_normal.MODE),
     draw_backward(8, "fp32", 278, kind=tanh_normal.MEAN, everywhere=True),
     draw_backward(17, "bf16", 292, span=1, clamp=1, kind=tanh_normal.MEAN),
+    draw_backward(17, "fp32", 317, span=2, clamp=2, kind=tanh_normal.MEAN, nvidia=True),
     draw(17, "fp32", 52),
     draw(257, "fp32", 54, everywhere=True),
     draw(257, "bf16", 63.5),

@@ -223,6 +223,7 @@ CASES = [
     # Rows in chunks.
     draw(1025, "fp32", 168, nvidia=True),
     draw(1025, "fp32", 253, nvidia=True, **ALL),
+    draw(1025, "fp32", 220, nvidia=True, tensors=True, clamp=2),
     draw(1025, "bf16", 264, nvidia=True, **ALL),
     draw(1500, "bf16", 163, nvidia=True),
     draw(1500, "fp32", 217, nvidia=True, **ALL),
