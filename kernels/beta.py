@@ -129,22 +129,21 @@ def form_of(grid: Grid, size: int, entropy: bool, amd: bool = False) -> int:
     return halves.EIGHTS if grid.wide and size == 2 and entropy and not amd else halves.WHOLE
 
 
-def most_registers(grid: Grid, size: int, kind: int, entropy: bool) -> int | None:
+def most_registers(grid: Grid, size: int, kind: int) -> int | None:
     """The most registers of a draw on NVIDIA's GPUs, None for the assembler's own choice.
 
-    Draws of 16 bits in chunks have 16 bytes of stack on sm_100 where they are clamped at A = 260;
-    told 232, none. In halves, for the entropy, it takes 168 at A = 65, with 16 bytes; told 200,
-    none. In fp32, with half the elements, 128 at A = 257 on sm_80, and 8 bytes; told 168, none.
+    Draws of 16 bits in chunks have 16 bytes of stack on sm_100 where they are clamped at A = 260,
+    or, in halves for the entropy, at A = 65; told 232, none. In fp32, with half the elements, it
+    takes 128 at A = 257 on sm_80, and 8 bytes; told 168, none.
 
     Args:
         grid: the tiles.
         size: bytes of an element.
         kind: how the value is chosen.
-        entropy: whether the entropy is wanted.
     """
     if not grid.wide or kind != RANDOM:
         return None
-    return (200 if entropy else 232) if size == 2 else 168
+    return 232 if size == 2 else 168
 
 
 def most_registers_of_backward(kind: int, clamp: int) -> int | None:
@@ -913,7 +912,7 @@ def draw(
     least, most = limits(like.dtype)
     source = state or NO_STATE
     grid = tiling(total // a, a, vector_of(like.dtype))
-    registers = most_registers(grid, like.element_size(), kind, entropy)
+    registers = most_registers(grid, like.element_size(), kind)
     with launching(like):
         draw_kernel[(grid.programs,)](
             one.tensor, zero.tensor, value, scores, entropies, before, low, high, lo, hi,

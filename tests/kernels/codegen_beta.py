@@ -60,7 +60,7 @@ def draw(
         grid.tile,
         (3 + keep + (score + entropy) / a) * size_of(dtype), slots,
         everywhere=everywhere, nvidia=nvidia,
-        registers=beta.most_registers(grid, size_of(dtype), kind, entropy),
+        registers=beta.most_registers(grid, size_of(dtype), kind),
         turns=2 if constants["CUT"] else 1,
         through=through(
             grid, a, dtype, 2, stores=1 + keep, sums=score + entropy, random=random
@@ -144,6 +144,7 @@ CASES = [
     draw(257, "fp32", 410, entropy=True, nvidia=True),
     draw(257, "fp32", 412, entropy=True, clamp=2, nvidia=True),
     draw(257, "bf16", 410, entropy=True, nvidia=True),
+    draw(65, "bf16", 455, entropy=True, clamp=2, keep=True, nvidia=True),
     draw(257, "bf16", 240, kind=beta.MODE, entropy=True, clamp=2, keep=True, nvidia=True),
     draw(257, "bf16", 425, entropy=True, clamp=2, keep=True, nvidia=True),
     draw(260, "bf16", 355, clamp=2, keep=True, nvidia=True),
