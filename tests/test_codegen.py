@@ -158,13 +158,22 @@ def handed_on(ttir: str) -> set[int]:
     return {len(m.split(", ")) for m in re.findall(r"scf\.for .*? iter_args\((.*?)\) -> ", ttir)}
 
 
-def test_a_loop_of_halves_hands_on_every_one_that_waits():
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        # Ten inputs and two results, of which two halves wait; 13 and 2, of which four quarters do.
+        (
+            "truncated-normal-draw-backward-8-bf16-tensors=True-clamp=2-entropy=True-kind=0",
+            {10 + 2 * 2, 13 * 4 + 2 * 4},
+        ),
+        # Sums, row and its end from chunk to chunk; three inputs, and two results of two halves.
+        ("beta-draw-257-bf16-entropy", {4, 3 + 2 * 2}),
+    ],
+)
+def test_a_loop_of_halves_hands_on_every_one_that_waits(name, counts):
     """Triton takes a variable for unchanged where its first value is the one that it gets."""
-    name = "truncated-normal-draw-backward-8-bf16-tensors=True-clamp=2-entropy=True-kind=0"
     (case,) = [c for c in CASES if c.name == name]
-    ttir = machine.compiled(case, "sm_90").asm["ttir"]
-    # Ten inputs and two results, of which two halves wait; 13 and 2, of which four quarters do.
-    assert handed_on(ttir) == {10 + 2 * 2, 13 * 4 + 2 * 4}
+    assert handed_on(machine.compiled(case, "sm_90").asm["ttir"]) == counts
 
 
 def test_the_count_finds_what_a_loop_hands_on():
