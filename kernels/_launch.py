@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
+AMD = torch.version.hip is not None
 
 FLAT, REPEATED, STRIDED, STRIDED_REPEATED = range(4)
 
@@ -267,7 +268,7 @@ def vector_of(*dtypes: torch.dtype) -> int:
 
 def fast(x: Tensor) -> bool:
     """Whether the approximate instructions of NVIDIA's GPUs are there for kernels on `x`."""
-    return x.is_cuda and torch.version.hip is None and not INTERPRETED
+    return x.is_cuda and not AMD and not INTERPRETED
 
 
 def limited(x: Tensor, registers: int | None) -> dict[str, int]:

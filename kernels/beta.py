@@ -47,6 +47,7 @@ from fastprob.kernels import _math as m
 from fastprob.kernels import _random as random
 from fastprob.kernels import _tile as tile
 from fastprob.kernels._launch import (
+    AMD,
     NO_STATE,
     Grid,
     State,
@@ -100,7 +101,7 @@ def tiling(rows: int, a: int, vector: int) -> Grid:
         return wide_grid(rows, a, 32 * vector, 1)
     # Whole rows that are whole vectors. The smallest tile that is at least seven eighths full, or
     # the fullest; where 8 elements leave none so, as at A = 37, with vectors of 4.
-    for unit in {vector: None, 4: None}:
+    for unit in (vector, 4):
         even = unit // math.gcd(a, unit)
         fitting = [(c, w, c // a // even * even) for c, w in SIZES if a * 4 <= c]
         full = [s for s in fitting if s[2] * a * 8 >= s[0] * 7]
@@ -109,9 +110,6 @@ def tiling(rows: int, a: int, vector: int) -> Grid:
     count, warps, own = full[0] if full else max(fitting, key=lambda s: s[2] * a / s[0])
     padded = triton.next_power_of_2(own)
     return Grid(-(-rows // own), count, own * a, padded, own, True, False, warps)
-
-
-_AMD = torch.version.hip is not None
 
 
 def form_of(grid: Grid, size: int, entropy: bool, amd: bool = False) -> int:
@@ -922,7 +920,7 @@ def draw(
             GATHER=grid.gather, WIDE=grid.wide, CONC1=one.layout, CONC0=zero.layout, KIND=kind,
             LEAST=least, MOST=most, SCORE=score, ENTROPY=entropy, CLAMP=kind_of_clamp,
             KEEP=before is not None, HOST=source.pair is None, ADVANCE=source.ticket is not None,
-            FAST=fast(like), CUT=form_of(grid, like.element_size(), entropy, _AMD),
+            FAST=fast(like), CUT=form_of(grid, like.element_size(), entropy, AMD),
             num_warps=grid.warps, **limited(like, registers),
         )  # fmt: skip
     return value, scores, entropies, kept

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from fastprob.kernels._halves import BLOCKS, EIGHTS, WHOLE
 from fastprob.kernels._launch import (
+    AMD,
     NO_STATE,
     Grid,
     State,
@@ -71,9 +72,6 @@ __all__ = [
     "score",
     "score_backward",
 ]
-
-
-_AMD = torch.version.hip is not None
 
 
 class Form(NamedTuple):
@@ -216,7 +214,7 @@ def draw(
     source = state or NO_STATE
     tensors = isinstance(low, Tensor)
     grid, form = forward_form(
-        loc.element_size(), vector_of(loc.dtype), tensors, entropy, total_rows, a, _AMD
+        loc.element_size(), vector_of(loc.dtype), tensors, entropy, total_rows, a, AMD
     )
     with launching(loc):
         draw_kernel[(grid.programs,)](
@@ -278,7 +276,7 @@ def draw_backward(
     upstream = parameter(grad_value if grad_value is not None else grad_loc, ndims, False)
     clamped, clamp_lo, clamp_hi, clamp_low, clamp_high = bounds_of(clamp)
     programs, count, warps = flat_grid(total)
-    form = backward_form(loc.element_size(), _AMD)
+    form = backward_form(loc.element_size(), AMD)
     with launching(loc):
         draw_backward_kernel[(programs,)](
             upstream.tensor, tail(grad_score), tail(grad_entropy), mu.tensor, sigma.tensor,
@@ -340,7 +338,7 @@ def score(
     tensors = isinstance(low, Tensor)
     grid, form = forward_form(
         loc.element_size(), vector_of(loc.dtype, given.tensor.dtype), tensors, entropy,
-        total_rows, a, _AMD,
+        total_rows, a, AMD,
     )  # fmt: skip
     with launching(loc):
         score_kernel[(grid.programs,)](
@@ -402,7 +400,7 @@ def score_backward(
         grad_value.zero_()
     to_value = grad_value is not None and grad_score is not None
     programs, count, warps = flat_grid(total)
-    form = backward_form(loc.element_size(), _AMD)
+    form = backward_form(loc.element_size(), AMD)
     with launching(loc):
         score_backward_kernel[(programs,)](
             tail(grad_score), tail(grad_entropy), mu.tensor, sigma.tensor, least, most,

@@ -99,25 +99,14 @@ def forward(
     threads = 32 * (warps or grid.warps)
     each = vectors(size, grid.count, threads // 32)
     elements = -(-grid.count // threads)
-    wide = elements * size >= 16
     alike = a * size % 16 == 0
-    narrow_loads = 2 * random + (scattered + (0 if alike else repeated)) * elements
     if a == 1:
         # A row's result is one for each element.
         stores, sums = stores + sums, 0
     turns = chunks(grid) if grid.wide else 1
-    narrow_loads += (turns - 1) * (scattered + (0 if alike else repeated)) * elements
+    narrow_loads = 2 * random + turns * (scattered + (0 if alike else repeated)) * elements
     each_sum = grid.own if grid.wide else -(-grid.own // threads)
     narrow_stores = sums * each_sum + 2 * random + 2 * keep
-    if not wide:
-        # A thread has less than a vector, which is one access.
-        return {
-            "accesses": (0, 0),
-            "narrow": (
-                narrow_loads + turns * (loads + alike * repeated),
-                narrow_stores + turns * stores,
-            ),
-        }
     return {
         "accesses": (turns * (loads * each + alike * repeated), turns * stores * each),
         "narrow": (narrow_loads, narrow_stores),
