@@ -206,10 +206,8 @@ def test_scores_of_given_values_and_their_gradients(dtype, device):
     errors.check()
 
 
-# Rows that share a tile of 2048 with others or none, rows of several tiles, and many rows.
-@pytest.mark.parametrize(
-    "rows, a", [(7, 600), (3, 683), (2, 1000), (3, 1023), (2, 1500), (901, 600)]
-)
+# Rows that share a tile of 2048 with others or none, and rows of several tiles.
+@pytest.mark.parametrize("rows, a", [(7, 600), (3, 683), (2, 1000), (3, 1023), (2, 1500)])
 def test_tiles_of_all_that_can_be_asked(rows, a, device):
     loc, scale = parameters((rows, a), torch.float32, device)
     _, (low, high) = intervals((rows, a), torch.float32, device)
