@@ -25,6 +25,8 @@ PROBS_VALUE = tl.constexpr(3)
 LEAST = tl.constexpr(-1.0e30)
 # More than twice the largest place in a chunk or a tile.
 LATEST = tl.constexpr(2**30)
+# Whether the compiler gives threads to the rows of a tile before it gives them to the reps.
+ROWS_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))
 
 
 @triton.constexpr_function
@@ -81,6 +83,21 @@ def columns(
 
 
 @triton.jit
+def spaced(r, stride, k):
+    """`r * stride`, where rows `[1, ROWS, 1]` of a tile begin whose places k are contiguous.
+
+    Triton 3.6 gives the threads that the lanes leave to reps first, as neither these nor rows are
+    contiguous, and sums of a row go over shared memory: a backward pass at A = 256 takes 51 issue
+    slots an element in place of 17. It is told that two rows lie beside one another. Of more places
+    than that along the lanes it makes vectors all the same, and of the rows an order.
+    """
+    at = r * stride
+    if not ROWS_FIRST and len(at.shape) == 3 and at.shape[1] > 1 and k.shape[2] > 2:
+        at = tl.max_contiguous(at, [1, 2, 1])
+    return at
+
+
+@triton.jit
 def offsets(first, r, k, rows, row_stride, column_stride, A: tl.constexpr, LAYOUT: tl.constexpr):
     """Offsets of categories k of the rows first + r, by the layouts of `_tile.pointers`.
 
@@ -95,15 +112,16 @@ def offsets(first, r, k, rows, row_stride, column_stride, A: tl.constexpr, LAYOU
         LAYOUT: as there.
     """
     if LAYOUT == 0:
-        return first * A + (r * A + k)
+        return first * A + (spaced(r, A, k) + k)
     else:
         row = first + r
         if LAYOUT % 2 == 1:
             row = row % rows
         if LAYOUT == 1:
-            return row * A + k
+            return spaced(row, A, k) + k
         elif LAYOUT >= 4:
-            return row * row_stride * (LAYOUT // 4 * 4) + k.to(tl.int64) * column_stride
+            # Their columns are contiguous.
+            return spaced(row * row_stride, LAYOUT // 4 * 4, k) + k
         else:
             return row * row_stride + k.to(tl.int64) * column_stride
 
@@ -113,10 +131,10 @@ def aligned(first, r, k, rows, A: tl.constexpr, LAYOUT: tl.constexpr, VECTOR: tl
     """Offsets of places k of the rows first + r, contiguous: of whole vectors, as is to be seen."""
     if LAYOUT == 0:
         start = first * A
-        near = ((start % VECTOR).to(tl.int32) + r * A) // VECTOR * VECTOR
+        near = spaced(((start % VECTOR).to(tl.int32) + r * A) // VECTOR, VECTOR, k)
         return start // VECTOR * VECTOR + (near + k)
     else:
-        return (first + r) % rows * A // VECTOR * VECTOR + k
+        return spaced((first + r) % rows * A // VECTOR, VECTOR, k) + k
 
 
 @triton.jit
@@ -266,7 +284,7 @@ def store(
             tl.store(at, x, mask=middle & exists)
             tl.store(at, x, mask=inside & (rep < REP) & ((rep == 0) | (rep >= A // LANES)) & exists)
         else:
-            at = ptr + start + (r * A + (k - shift))
+            at = ptr + start + (spaced(r, A, k) + (k - shift))
             if REP * LANES == A and SAME:
                 tl.store(at, x)
             else:

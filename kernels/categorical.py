@@ -94,14 +94,6 @@ SPLIT_MOST_OF_ONCE = 2560
 SPLIT_MOST_OF_FEW = 2048
 GATHER_MOST = 96
 GATHER_MOST_BACKWARD = 32
-# With Triton 3.6 shifted rows spill: a draw at A = 257 has a stack of 896 bytes, a score of 624.
-SHIFTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
-if not SHIFTS:
-    GATHER_MOST = GATHER_MOST_BACKWARD = 1024
-    SPLIT_MOST = SPLIT_MOST_OF_ONCE = SPLIT_MOST_OF_FEW
-# So do rows of powers of two with what a thread holds under 3.7, 64 elements of a row or 32 of
-# several: by 160 bytes a draw at A = 256, 256 a score, 584 one of vectors, 8 a draw at A = 8.
-HELD_MOST, HELD_OF_SHORT = (64, 32) if SHIFTS else (32, 16)
 # Elements of a row in the registers of a thread, for a backward pass, and for a score of one-hot
 # vectors whose size is no power of two, which has 8 bytes more of each: with 64 it had a stack of
 # 2584 bytes at A = 257.
@@ -149,7 +141,7 @@ def tiling(
         most = SPLIT_MOST_OF_FEW
     elif once and rows >= FEW_CHUNKED:
         most = SPLIT_MOST_OF_ONCE
-    if a > (most if power or SHIFTS else GATHER_MOST):
+    if a > most:
         count, warps = _chunk(rows, a, need, 1 if held > HELD_BACKWARD else 2, once)
         chunks = triton.next_power_of_2(-(-need // count))
         return Tile(rows, count, 1, 1, 1, 0, 1, begin, False, chunks, warps)
@@ -157,7 +149,7 @@ def tiling(
     if power:
         # A thread of its own for each row of up to 64 bytes, 64 elements of a row at the most.
         beside = 1 if a * itemsize <= 64 else 2
-        held = min(triton.next_power_of_2(held), HELD_MOST)
+        held = triton.next_power_of_2(held)
         least = triton.next_power_of_2(-(-a * vector // held))
         lanes = min(a, max(vector * beside, least))
         threads = max(1, lanes // vector)
@@ -175,7 +167,7 @@ def tiling(
         piece = -(-a // lanes) if lanes == 1 else -(-a // lanes) | 1
     rep = triton.next_power_of_2(piece or reps or a // lanes)
     # Rows of a warp: one for each thread, and of short rows several.
-    many = max(1, min(4, (HELD_OF_SHORT if power else 32) * threads // a)) if a < 32 else 1
+    many = max(1, min(4, 32 * threads // a)) if a < 32 else 1
     in_warp = max(1, 32 // threads) * triton.next_power_of_2(many)
     warps = 4 if rows > 264 * 4 * in_warp else 1
     if threads > 32 * warps:
