@@ -134,6 +134,12 @@ def add_matrix_arguments(parser: argparse.ArgumentParser) -> None:
         help="cells in which every combination of this many choices occurs (default: 3)",
     )
     parser.add_argument("--full", action="store_true", help="the whole product: hours")
+    parser.add_argument(
+        "--unless-recorded",
+        action="store_true",
+        help="the whole product, unless it has passed and is on record for fastprob's code and the "
+        "versions as they are: then cells that hold every triple",
+    )
     parser.add_argument("--side", choices=("upstream", "fastprob"), help="only this side")
     parser.add_argument(
         "--backend", default="aot_eager", help="of torch.compile (default: aot_eager)"

@@ -11,8 +11,8 @@ from fastprob.kernels import _random as random
 # A running sum that rounding leaves just below 1/2 counts as having reached it.
 HALF = tl.constexpr(0.5 - 4 * 2.0**-23)
 # Triton 3.6 stops at an assertion where a running sum has one place along an axis of which a thread
-# holds several. It compiles one without that axis: 15.6 issue slots an element at A = 256, where 3.7
-# takes 14.5 for the sum as it comes, and 25.3 and 20.7 at A = 257.
+# holds several. It compiles one without that axis: 15.6 issue slots an element at A = 256, where
+# 3.7 takes 14.5 for the sum as it comes, and 25.3 and 20.7 at A = 257.
 NARROW_SCANS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))
 
 

@@ -72,15 +72,16 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(matrix, "check_cell", check_cell)
     monkeypatch.setattr(matrix, "implementation", lambda name: SIDE)
 
-    def run(*words):
+    def only(*words):
         out, states = str(tmp_path / "out"), str(tmp_path / "state")
-        status = matrix.run(
-            parsed("--full", "--side=fastprob", "--out", out, "--state", states, *words)
-        )
+        status = matrix.run(parsed("--side=fastprob", "--out", out, "--state", states, *words))
         data = json.loads((tmp_path / "out" / "matrix.json").read_text())
         return status, data["sides"]["fastprob"]
 
-    run.asked, run.answers = asked, answers
+    def run(*words):
+        return only("--full", *words)
+
+    run.only, run.asked, run.answers = only, asked, answers
     return run
 
 
@@ -116,6 +117,57 @@ def test_parts_hold_each_cell_once_and_those_of_one_computation_together(cells):
     for cell in rest:
         found[cell.family, cell.interaction, cell.score, cell.spec].add(owner[cell])
     assert all(len(owners) == 1 for owners in found.values())
+
+
+@pytest.fixture
+def children(monkeypatch):
+    """Every cell in a child of its own."""
+    monkeypatch.setattr(matrix, "FIRST", 0)
+    monkeypatch.setattr(matrix, "BATCH", 1)
+
+
+def test_children_run_cells_and_leave_their_outcomes(run, children):
+    run.answers[CELLS[1]] = "another value"
+    status, side = run()
+    assert (status, side["ran"], side["passed"]) == (1, 2, 1)
+    assert side["failed"] == {str(CELLS[1]): "another value"}
+    # Not in this process.
+    assert run.asked == []
+
+
+def test_an_interrupted_child_ends_the_run_and_the_next_goes_on(run, children):
+    run.answers[CELLS[0]] = KeyboardInterrupt
+    assert run()[1]["ran"] == 0
+    del run.answers[CELLS[0]]
+    assert run()[1]["ran"] == 2
+
+
+def test_a_child_that_dies_is_told(run, children, capfd):
+    run.answers[CELLS[1]] = MemoryError
+    with pytest.raises(RuntimeError, match="ended with status 1"):
+        run()
+    assert "MemoryError" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "record, wanted",
+    [
+        (None, 2),
+        ({"code": "here", "ran": 2, "passed": 2}, 1),
+        ({"code": "other", "ran": 2, "passed": 2}, 2),
+        ({"code": "here", "ran": 1, "passed": 1}, 2),
+        ({"code": "here", "ran": 2, "passed": 1}, 2),
+    ],
+)
+def test_what_is_on_record_for_this_code_is_not_run_again(
+    run, record, wanted, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(matrix, "fingerprint", lambda library: "here")
+    monkeypatch.setattr(matrix, "cover", lambda cells, strength: cells[: 4 - strength])
+    monkeypatch.setattr(matrix.results, "default_folder", lambda: tmp_path)
+    if record is not None:
+        (tmp_path / "matrix.json").write_text(json.dumps({"sides": {"fastprob": record}}))
+    assert run.only("--unless-recorded")[1]["ran"] == wanted
 
 
 def test_no_minutes_sum_up_and_run_nothing(run):

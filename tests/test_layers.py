@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # others are the modules.
 FILES = {
     "rng": "base",
-    "streams": "base",
     "lowering": "base",
     "native": "base",
     "native_normal": "base",
