@@ -472,10 +472,12 @@ def _matrix(data: Json) -> Iterable[str]:
         else f"chosen so that every combination of {data['strength']} choices occurs"
     )
     counts = "; ".join(f"{side} {sides[side]['passed']:,} of {ran[side]:,}" for side in names)
+    all_ran = all(n == data["product"] for n in ran.values())
+    which = ", and all of them ran" if all_ran else f"; those that ran are {chosen}"
     yield (
         "**What compiles in one graph and equals eager mode**, values, keys and gradients"
         f" (`python -m bench matrix`, {data['backend']}): {counts}. There are"
-        f" {data['product']:,} configurations; those that ran are {chosen}."
+        f" {data['product']:,} configurations{which}."
     )
     failed = [
         f"- {cell}: {why}" for cell, why in sides.get("fastprob", {}).get("failed", {}).items()

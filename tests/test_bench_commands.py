@@ -628,6 +628,9 @@ def test_every_file_has_its_tables_and_what_is_slower_comes_first(tmp_path):
     ):
         assert line in made
     assert made.index("Where fastprob is slower") < made.index("Compiled calls")
+    whole = {name: {"ran": 90, "passed": 90, "by_choice": {}} for name in ("upstream", "fastprob")}
+    found = "".join(report._matrix({**files["matrix"], "product": 90, "sides": whole}))
+    assert found.endswith("There are 90 configurations, and all of them ran.")
     # With a GPU graphs are timed, and one of upstream's may be faster.
     timed = {"upstream graph": {"p50": 3.0}, "fastprob graph": {"p50": 4.0}}
     gpu_graphs = {
