@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     every = product()
     strength = 2 if args.quick else args.strength
-    if args.unless_recorded and recorded(every):
+    if args.unless_recorded and recorded(every, args.backend):
         print("on record for this very code: all of the product. Again, what holds every triple")
         strength = 3
     elif args.unless_recorded:
@@ -184,14 +184,21 @@ def run(args: argparse.Namespace) -> int:
     return int(bool(ours["failed"]))
 
 
-def recorded(cells: Sequence[Cell]) -> bool:
-    """Whether the result on record says that fastprob's code as it is passes all of the cells."""
+def recorded(cells: Sequence[Cell], backend: str) -> bool:
+    """Whether the result on record says that fastprob's code as it is passes all of the cells.
+
+    Args:
+        cells: the product.
+        backend: of ``torch.compile``.
+    """
     path = results.default_folder() / "matrix.json"
     if not path.exists():
         return False
-    side = json.loads(path.read_text("utf-8"))["sides"].get("fastprob", {})
-    code = fingerprint(implementation("fastprob"))
-    return side.get("code") == code and side["ran"] == side["passed"] == len(cells)
+    data = json.loads(path.read_text("utf-8"))
+    side = data["sides"].get("fastprob", {})
+    if (data["backend"], side.get("code")) != (backend, fingerprint(implementation("fastprob"))):
+        return False
+    return side["ran"] == side["passed"] == len(cells)
 
 
 def _run_side(
@@ -208,46 +215,37 @@ def _run_side(
     began = told = time.monotonic()
     until = began + 60 * minutes
     # A collection after every compilation: 0.11 of a cell's time (60 cells, four times each).
-    with lean_compiler() as tidy, config.patch(run_gc_after_compile=False):
+    with lean_compiler(), config.patch(run_gc_after_compile=False):
         try:
             _run_cells(missing[:FIRST], library, backend, state, until)
+            gc.collect()
+            gc.freeze()
+            for done in range(FIRST, len(missing), BATCH):
+                if time.monotonic() >= until:
+                    break
+                batch = missing[done : done + BATCH]
+                _in_child(batch, library, backend, state, until)
+                if time.monotonic() - told >= 60:
+                    told = time.monotonic()
+                    done += len(batch)
+                    left = (told - began) / done * (len(missing) - done) / 60
+                    failed = sum(row["reason"] is not None for row in state.read().values())
+                    print(
+                        f"{library.name}: {done:,} of {len(missing):,}, {failed:,} of all fail, "
+                        f"{left:.0f} min left",
+                        flush=True,
+                    )
         except KeyboardInterrupt:
-            return _interrupted()
-        tidy()
-        gc.collect()
-        gc.freeze()
-        for done in range(FIRST, len(missing), BATCH):
-            if time.monotonic() >= until:
-                break
-            batch = missing[done : done + BATCH]
-            try:
-                if not _in_child(batch, library, backend, state, until):
-                    return _interrupted()
-            except KeyboardInterrupt:
-                return _interrupted()
-            if time.monotonic() - told >= 60:
-                told = time.monotonic()
-                done += len(batch)
-                left = (told - began) / done * (len(missing) - done) / 60
-                failed = sum(row["reason"] is not None for row in state.read().values())
-                print(
-                    f"{library.name}: {done:,} of {len(missing):,}, {failed:,} of all fail, "
-                    f"{left:.0f} min left",
-                    flush=True,
-                )
+            print("interrupted: the next run goes on from here")
+            return True
     return False
-
-
-def _interrupted() -> bool:
-    print("interrupted: the next run goes on from here")
-    return True
 
 
 def _run_cells(
     cells: Sequence[Cell], library: Implementation, backend: str, state: State, until: float
 ) -> None:
     """Runs cells until a time of the monotonic clock."""
-    remembering = Remembering(backend)
+    remembering: Any = Remembering(backend)
     for cell in cells:
         if time.monotonic() >= until:
             return
@@ -258,8 +256,13 @@ def _run_cells(
 
 def _in_child(
     cells: Sequence[Cell], library: Implementation, backend: str, state: State, until: float
-) -> bool:
-    """Runs cells in a copy of this process; returns False where that was interrupted."""
+) -> None:
+    """Runs cells in a copy of this process.
+
+    Raises:
+        KeyboardInterrupt: if the copy was interrupted.
+        RuntimeError: if it ended otherwise than by itself.
+    """
 
     def run() -> None:
         try:
@@ -276,12 +279,13 @@ def _in_child(
         # Of an interruption that only this process was sent.
         child.kill()
         child.join()
-    if child.exitcode not in (0, _INTERRUPTED):
+    if child.exitcode == _INTERRUPTED:
+        raise KeyboardInterrupt
+    if child.exitcode != 0:
         raise RuntimeError(
             f"a process that ran cells ended with status {child.exitcode}; the first without an "
             f"outcome is the one it ran: {state.path}"
         )
-    return child.exitcode == 0
 
 
 # As shells have it of a process that SIGINT has ended.

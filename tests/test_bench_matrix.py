@@ -157,6 +157,7 @@ def test_a_child_that_dies_is_told(run, children, capfd):
         ({"code": "other", "ran": 2, "passed": 2}, 2),
         ({"code": "here", "ran": 1, "passed": 1}, 2),
         ({"code": "here", "ran": 2, "passed": 1}, 2),
+        ({"code": "here", "ran": 2, "passed": 2, "backend": "inductor"}, 2),
     ],
 )
 def test_what_is_on_record_for_this_code_is_not_run_again(
@@ -166,7 +167,8 @@ def test_what_is_on_record_for_this_code_is_not_run_again(
     monkeypatch.setattr(matrix, "cover", lambda cells, strength: cells[: 4 - strength])
     monkeypatch.setattr(matrix.results, "default_folder", lambda: tmp_path)
     if record is not None:
-        (tmp_path / "matrix.json").write_text(json.dumps({"sides": {"fastprob": record}}))
+        data = {"backend": record.get("backend", "aot_eager"), "sides": {"fastprob": record}}
+        (tmp_path / "matrix.json").write_text(json.dumps(data))
     assert run.only("--unless-recorded")[1]["ran"] == wanted
 
 
