@@ -413,14 +413,22 @@ def _fold(grad: Tensor, parameter: Tensor) -> Tensor:
     return grad.sum(tuple(range(samples))) if samples else grad
 
 
+# The square root of 1/2 in two parts, of which the second is what float64 leaves of it.
+_ROOT_HALF, _ROOT_HALF_REST = 0.7071067811865476, -4.833646656726457e-17
+
+
 def mode(loc: Tensor, scale: Tensor, keep: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The x at the highest density of tanh(x).
 
-    The density of y = tanh(x) is stationary where x = loc + 2 scale^2 tanh(x). The highest of the
-    roots lies on the side of `loc`, between |loc| and |loc| + 2 scale^2, and is the largest one in
-    |x|, where the function is convex: Newton's method from the right end goes down to it without
-    ever passing it. Where 2 scale^2 is close to 1 and loc close to 0 the three roots meet and it
-    converges only linearly, by 2/3 a step; 64 steps reach 1e-8 there, and rounding elsewhere.
+    The density of y = tanh(x) is stationary where f(x) = x - loc - w tanh(x) is 0, w = 2 scale^2.
+    The highest of the roots lies on the side of `loc` and is the largest one in |x|, right of which
+    f is convex. As tanh(x) <= x - 0.238 x^3 up to 1, it is no larger than
+
+        cbrt(8.5 |loc|) + sqrt(4.2 max(w - 1, 0)), where that is below 1, or |loc| + w
+
+    which is of its size also where w is 1, loc 0 and three roots meet. Halley's method gets from
+    there to 2e-8 in three steps and to 6e-13 in four (700 roots, half of them near that point; the
+    rest of the error is the rounding of f). Newton's took 64 steps from |loc| + w to 1e-8.
 
     Args:
         loc: mean before tanh, `[*batch, *event]`.
@@ -432,15 +440,30 @@ def mode(loc: Tensor, scale: Tensor, keep: Callable[[Tensor], Tensor] | None = N
         Differentiable once, by the implicit function theorem.
     """
     with torch.no_grad():
-        m, w = loc.abs(), 2.0 * scale * scale
-        x = m + w
-        for _ in range(64):
+        # Detached, as no_grad lets tangents through. The digits of float32 take float64.
+        size, sigma = loc.detach().double().abs(), scale.detach().double()
+        # Where tanh is 1 there is nothing to find, and infinity less itself is none.
+        m = size.clamp_max(20.0)
+        w = 2.0 * sigma * sigma
+        # 1 - w, which w itself has rounded away where three roots meet.
+        rest = 2.0 * ((_ROOT_HALF - sigma) + _ROOT_HALF_REST) * (_ROOT_HALF + sigma)
+        far = m + w
+        # pow takes 1 ms more for 4096 x 8.
+        near = torch.exp(torch.log(8.5 * m) / 3.0) + (-4.2017 * rest).clamp_min(0.0).sqrt()
+        x = torch.where(near < 1.0, torch.minimum(near, far), far)
+        for _ in range(4 if loc.dtype is torch.float64 else 3):
             t = torch.tanh(x)
-            slope = (1.0 - w * (1.0 - t * t)).clamp_min(torch.finfo(x.dtype).tiny)
-            step = (x - m - w * t) / slope
-            x = torch.maximum(x - step.clamp_min(0.0), m)
-        x = torch.where(loc < 0, -x, x)
-    if not differentiated(loc, scale):
+            bend = w * t
+            f = (x - m).sub_(bend)
+            # No addcmul: dynamo 2.13 fails on its decomposition inside `torch.func.grad`.
+            slope = (bend * t).add_(rest)
+            curve = bend.mul_(f).mul_(t.mul_(t).neg_().add_(1.0))
+            curve = (slope * slope).sub_(curve).clamp_min_(1e-300)
+            x = torch.maximum(x - f.mul_(slope).div_(curve), m)
+        x = x + (size - m)
+        x = torch.where(loc < 0, -x, x).to(loc.dtype)
+    # Forward mode says of nothing that it requires a gradient.
+    if not differentiated(loc, scale) and (torch.compiler.is_compiling() or plain_tensors_only()):
         return x
     if keep is not None:
         x = keep(x)
@@ -452,23 +475,40 @@ def mode(loc: Tensor, scale: Tensor, keep: Callable[[Tensor], Tensor] | None = N
     return x - (residual - residual.detach()) / slope
 
 
-def _grid(lo: float, hi: float, count: int, like: Tensor) -> tuple[Tensor, float]:
-    step = (hi - lo) / (count - 1)
-    nodes = torch.arange(count, dtype=torch.float64, device=like.device) * step + lo
-    return nodes.to(like.dtype).view(-1, *([1] * like.ndim)), step
+def _mixture(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights c and variances v with `tanh(x) = sum of c_i erf(x / sqrt(2 v_i))`.
+
+    The logistic density sech(x)^2 / 2 is that of a Normal whose standard deviation t follows
+    Kolmogorov's distribution, with the density 8 t sum of (-1)^(k+1) k^2 exp(-2 k^2 t^2). In log(t)
+    that falls doubly exponentially on both sides, so that the trapezoid rule needs few nodes: 26
+    are exact to 3e-14, and 16 to 3e-9 of the value, for half precision and float32.
+
+    Made on the device: numbers that are copied there would stop it.
+
+    Source: Andrews and Mallows 1974, "Scale mixtures of normal distributions".
+
+    Args:
+        like: gives dtype, device, and the number of dimensions behind the first.
+
+    Returns:
+        two tensors `[nodes, 1, ...]`.
+    """
+    first, step, count = (-1.75, 0.13, 26) if like.dtype is torch.float64 else (-1.7, 0.2, 16)
+    t = torch.exp(torch.arange(count, dtype=torch.float64, device=like.device) * step + first)
+    v = t * t
+    k = torch.arange(1, 28, dtype=torch.float64, device=like.device).unsqueeze(-1)
+    terms = (k % 2.0 * 2.0 - 1.0) * k * k * torch.exp(-2.0 * k * k * v)
+    c = terms.sum(0) * v
+    shape = (-1, *([1] * like.ndim))
+    # Divided by their sum, so that the limits are 1 and -1.
+    return (c / c.sum()).to(like.dtype).view(shape), v.to(like.dtype).view(shape)
 
 
 def mean(loc: Tensor, scale: Tensor) -> Tensor:
     """The mean of tanh(x).
 
-    Two integrals by the trapezoid rule, whose error falls exponentially with the step for functions
-    analytic in a strip around the real axis:
-
-        scale <= 1:  integral of tanh(loc + scale z) phi(z) dz
-        scale >= 1:  integral of erf((loc - x) / (scale sqrt(2))) sech(x)^2 / 2 dx
-
-    The second comes from the first by parts. Either integrand's nearest singularity is pi/2 away or
-    more in units in which the step is 1/2, which leaves an error below 1e-8.
+    A Normal x widens each part of tanh's mixture: `sum of c_i erf(loc / sqrt(2 (v_i + scale^2)))`,
+    see `_mixture`. A fifth of the time of quadratures over x of 137 nodes, which left 1e-8.
 
     Args:
         loc: mean before tanh, `[*batch, *event]`.
@@ -480,19 +520,13 @@ def mean(loc: Tensor, scale: Tensor) -> Tensor:
     loc, scale = torch.broadcast_tensors(loc, scale)
     work = loc.dtype if loc.dtype in (torch.float32, torch.float64) else torch.float32
     mu, sigma = loc.to(work), scale.to(work)
-    z, step = _grid(-8.0, 8.0, 41, mu)
-    small = sigma.clamp_max(1.0)
-    weight = torch.exp(-0.5 * z * z) * (step / math.sqrt(2 * math.pi))
-    narrow = (torch.tanh(mu + small * z) * weight).sum(0)
-    x, step = _grid(-19.0, 19.0, 96, mu)
-    large = sigma.clamp_min(1.0)
-    weight = torch.cosh(x).pow(-2) * (step / 2)
-    wide = (torch.erf((mu - x) / (large * math.sqrt(2))) * weight).sum(0)
-    return torch.where(sigma <= 1.0, narrow, wide).to(loc.dtype)
+    weight, variance = _mixture(mu)
+    parts = torch.erf(mu * (2.0 * (variance + sigma * sigma)).rsqrt())
+    return (parts * weight).sum(0).to(loc.dtype)
 
 
 def mean_slopes(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The derivatives of `mean` by loc and scale, by the same integrals.
+    """The derivatives of `mean` by loc and scale.
 
     Args:
         loc: mean before tanh, `[*batch, *event]`.
@@ -503,17 +537,9 @@ def mean_slopes(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """
     work = loc.dtype if loc.dtype in (torch.float32, torch.float64) else torch.float32
     mu, sigma = loc.to(work), scale.to(work)
-    z, step = _grid(-8.0, 8.0, 41, mu)
-    weight = torch.exp(-0.5 * z * z) * (step / math.sqrt(2 * math.pi))
-    slope = torch.cosh(mu + sigma.clamp_max(1.0) * z).pow(-2) * weight
-    narrow = slope.sum(0), (slope * z).sum(0)
-    x, step = _grid(-19.0, 19.0, 96, mu)
-    large = sigma.clamp_min(1.0)
-    weight = torch.cosh(x).pow(-2) * (step / 2)
-    u = (mu - x) / large
-    slope = torch.exp(-0.5 * u * u) * weight * (math.sqrt(2 / math.pi) / large)
-    wide = slope.sum(0), (slope * -u).sum(0)
-    made = (
-        torch.where(sigma <= 1.0, n, w).to(loc.dtype) for n, w in zip(narrow, wide, strict=True)
-    )
-    return next(made), next(made)
+    weight, variance = _mixture(mu)
+    over = (2.0 * (variance + sigma * sigma)).rsqrt()
+    u = mu * over
+    density = torch.exp(-u * u) * over * weight * (2.0 / math.sqrt(math.pi))
+    by_scale = -2.0 * mu * sigma * (density * over * over).sum(0)
+    return density.sum(0).to(loc.dtype), by_scale.to(loc.dtype)
