@@ -41,7 +41,7 @@ from fastprob.ops._register import lead, nothing, register
 from fastprob.reference import normal as normal_reference
 from fastprob.reference import philox
 from fastprob.reference import truncated_normal as reference
-from fastprob.reference._reduce import differentiated, plain_tensors_only
+from fastprob.reference._reduce import differentiated, transformed
 from fastprob.reference.truncated_normal import Standard
 
 __all__ = [
@@ -83,12 +83,11 @@ def _slopes(std: Standard, p: Tensor, value: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Sample(torch.autograd.Function):
-    """Value and energy at probability p; the latter, and log(M), have no gradient here."""
+    """The value at probability p."""
 
     @staticmethod
     def forward(ctx: Any, loc: Tensor, scale: Tensor, low: Any, high: Any, p: Tensor):
-        std = reference.standardize(loc, scale, low, high)
-        value, cost, log_m = reference.quantile(std, p)
+        value = reference.quantile(reference.standardize(loc, scale, low, high), p)
         ctx.bounds = (None, None)
         if isinstance(low, Tensor) or isinstance(high, Tensor):
             low_t, high_t = torch.as_tensor(low), torch.as_tensor(high)
@@ -96,8 +95,7 @@ class _Sample(torch.autograd.Function):
         else:
             ctx.save_for_backward(loc, scale, p, value)
             ctx.bounds = (low, high)
-        ctx.mark_non_differentiable(cost, log_m)
-        return value, cost, log_m
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
@@ -106,7 +104,7 @@ class _Sample(torch.autograd.Function):
         std = reference.standardize(loc, scale, low, high)
         if torch.is_grad_enabled():
             # A second derivative follows: the value must depend on the inputs again.
-            value = _Sample.apply(loc, scale, low, high, p)[0]
+            value = _Sample.apply(loc, scale, low, high, p)
         slopes = _slopes(std, p, value)
         out: list[Tensor | None] = []
         for i, source in enumerate((loc, scale, low, high)):
@@ -189,35 +187,30 @@ def _tensors(low: Any, high: Any) -> tuple[Tensor, ...]:
     return tuple(t for t in (low, high) if isinstance(t, Tensor))
 
 
-def _transformed() -> bool:
-    """Whether a functorch transform is at work in eager mode; `differentiated` if compiled."""
-    return not torch.compiler.is_compiling() and not plain_tensors_only()
-
-
-def _sample(loc: Tensor, scale: Tensor, low: Any, high: Any, p: Tensor):
-    """Value, its energy, and log(M), in float64."""
+def _sample(loc: Tensor, scale: Tensor, low: Any, high: Any, p: Tensor) -> Tensor:
+    """The value in float64."""
     tensors = (loc, scale, *_tensors(low, high))
     p = p.double()
     if wants_function(*tensors):
-        return _Sample.apply(loc, scale, low, high, p)
-    if not differentiated(*tensors) and not _transformed():
+        return _Sample.apply(loc, scale, low, high, p)  # type: ignore[return-value]
+    if not differentiated(*tensors) and not transformed():
         return reference.quantile(reference.standardize(loc, scale, low, high), p)
     # What traces or batches gets the same gradient by a value that is 0: the first one only.
     with torch.no_grad():
         # Detached, as no_grad lets tangents through, which would count twice.
         fixed = [t.detach() if isinstance(t, Tensor) else t for t in (loc, scale, low, high)]
         std = reference.standardize(*fixed)
-        value, cost, log_m = reference.quantile(std, p)
+        value = reference.quantile(std, p)
         slopes = _slopes(std, p, value)
     for slope, source in zip(slopes, (loc, scale, low, high), strict=True):
         if isinstance(source, Tensor):
             value = value + slope.detach() * (source - source.detach())
-    return value, cost, log_m
+    return value
 
 
 def sample(loc: Tensor, scale: Tensor, low: Any, high: Any, p: Tensor) -> Tensor:
     """The value below which the probability is `p`, `[*sample, *batch, *event]`."""
-    return _sample(loc, scale, low, high, p)[0].to(loc.dtype)
+    return _sample(loc, scale, low, high, p).to(loc.dtype)
 
 
 def sample_score(
@@ -253,12 +246,14 @@ def sample_score(
         if std is not None:
             value, z = reference.central_quantile(std, low, high, p.double())
             return value.to(loc.dtype), reference.central_score(std, z, ndims, loc.dtype)
-    value, cost, log_m = _sample(loc, scale, low, high, p)
-    if differentiated(value) or _transformed():
-        # Scored before it is rounded: 300 steps of float32 from a tail's value to its score.
-        score = log_prob(loc, scale, low, high, value, ndims).to(loc.dtype)
-    else:
-        score = reference.total(cost + (torch.log(scale.double()) + log_m), ndims, loc.dtype)
+        if not transformed():
+            std = reference.standardize(loc, scale, low, high)
+            value, cost, log_m = reference.scored_quantile(std, p.double())
+            cost = cost + (torch.log(std.scale) + log_m)
+            return value.to(loc.dtype), reference.total(cost, ndims, loc.dtype)
+    value = _sample(loc, scale, low, high, p)
+    # Scored before it is rounded: 300 steps of float32 from a tail's value to its score.
+    score = log_prob(loc, scale, low, high, value, ndims).to(loc.dtype)
     return value.to(loc.dtype), score
 
 
@@ -313,7 +308,7 @@ def sample_score_detached(
 ) -> tuple[Tensor, Tensor]:
     """As `sample_score`, with no gradient into the value, and that of a given value's score."""
     with torch.no_grad():
-        value = _sample(loc, scale, low, high, p)[0]
+        value = _sample(loc, scale, low, high, p)
     score = log_prob(loc, scale, low, high, value, ndims)
     return value.to(loc.dtype), score.to(loc.dtype)
 
@@ -369,7 +364,7 @@ def served(loc: Tensor, scale: Tensor, low: Any, high: Any, kind: int = RANDOM) 
     """
     if not backend.serves(loc) or differentiated(*_tensors(low, high)):
         return False
-    return kind != MEAN or not (wants_gradient(loc, scale) or _transformed())
+    return kind != MEAN or not (wants_gradient(loc, scale) or transformed())
 
 
 def draw(
@@ -564,7 +559,7 @@ def _noise(loc: Tensor, state: Tensor | None, shape: torch.Size) -> Tensor:
 def _at(std: Standard, kind: int, p: Tensor, shape: torch.Size) -> Tensor:
     """The value of a kind, float64 `[*sample, *batch, *event]`."""
     if kind in (RANDOM, MEDIAN):
-        return reference.quantile(std, p)[0]
+        return reference.quantile(std, p)
     value = reference.mode(std) if kind == MODE else reference.mean(std)
     return value.expand(shape + value.shape)
 

@@ -57,6 +57,14 @@ def differentiated(*tensors: Tensor) -> bool:
     return _is_compiling() and not outside_transforms()
 
 
+def transformed() -> bool:
+    """Whether a functorch transform or forward mode is at work in eager mode.
+
+    There `differentiated` does not tell; in a graph that is being made it does.
+    """
+    return not _is_compiling() and not plain_tensors_only()
+
+
 def sum_rightmost(x: Tensor, ndims: int) -> Tensor:
     """Sums `x` over its last `ndims` dimensions.
 

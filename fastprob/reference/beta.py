@@ -12,8 +12,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
-from fastprob.reference._reduce import differentiated, sum_rightmost
+from fastprob.reference._reduce import differentiated, sum_rightmost, transformed
 
 # A number in its place is wrapped anew in each call: 1.6 us of 2.7 at 16 x 8.
 _ONE = torch.ones((), device="cpu")
@@ -91,29 +92,44 @@ def mode(a: Tensor, b: Tensor) -> Tensor:
 
 
 # Nodes of the double-exponential rule for integrals over (0, inf).
-_STEP, _FIRST, _LAST = 0.1, -4.5, 9.0
+_STEP, _FIRST, _LAST = 0.12, -3.84, 4.44
 
 
-def _tail(y: Tensor, a: Tensor, b: Tensor, left: Tensor) -> Tensor:
-    """Mass on one side of y over the density at y, for the density of y = log(x / (1 - x)).
+def _side(y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where y is below the mode, the mass on the side of y away from it over the density, and that.
 
-    That density is exp(a y - (a + b) softplus(y)): log-concave and analytic around the real axis.
-    On the side away from its mode it falls all the way, at a rate that grows to a or b, and
-    s = exp(tau - exp(-tau)) / rate spaces the nodes by their logarithm: a tail of length 100 and a
-    core of width 0.01 are seen by the same ones.
+    The density of y = log(x / (1 - x)) is exp(a y - (a + b) softplus(y)) / B(a, b): log-concave and
+    analytic around the real axis. Away from the mode it falls all the way, at a rate that grows to
+    a or b. Nodes s = exp(tau - exp(-tau)) l are spaced by their logarithm, where l is the mass over
+    the density as a Normal of the same slope and curvature has it, or that of the final rate: with
+    a and b from 0.001 to 10,000 70 of them leave what log(B) rounds, 4e-10 of x at most.
+
+    Returns:
+        bool, and two tensors, the last one the logarithm of the density; `[*batch, *event]`.
     """
+    total = a + b
+    left = y < torch.log(a) - torch.log(b)
+    # Mirrored, so that the side is always that of small values.
+    z, rate = torch.where(left, y, -y), torch.where(left, a, b)
+    with torch.no_grad():
+        p = torch.sigmoid(y)
+        slope = (a - total * p).abs()
+        normal = 2.0 / (slope + torch.sqrt(slope * slope + (8.0 / math.pi) * total * p * (1.0 - p)))
+        length = torch.maximum(normal, 1.0 / rate)
     count = round((_LAST - _FIRST) / _STEP) + 1
     tau = torch.arange(count, dtype=y.dtype, device=y.device) * _STEP + _FIRST
-    tau = tau.view(-1, *([1] * y.ndim))
     grow = torch.exp(-tau)
-    s = torch.exp(tau - grow) / torch.where(left, a, b).detach()
-    move = torch.where(left, -s, s)
-    rise = a * move - (a + b) * (_softplus(y + move) - _softplus(y))
-    return (torch.exp(rise) * s * (1.0 + grow)).sum(0) * _STEP
+    shape = (-1, *([1] * y.ndim))
+    s = torch.exp(tau - grow).view(shape) * length
+    near = _softplus(z)
+    rise = torch.exp(total * (near - _softplus(z - s)) - rate * s)
+    over = (rise * s * (1.0 + grow).view(shape)).sum(0) * _STEP
+    return left, over, rate * z - total * near - log_beta(a, b)
 
 
 def _softplus(x: Tensor) -> Tensor:
-    return x.clamp_min(0.0) + torch.log1p(torch.exp(-x.abs()))
+    # From 40 on it is x: ATen's own 20 would leave 2e-9.
+    return softplus(x, 1.0, 40.0)  # type: ignore[arg-type]
 
 
 def _log_gamma_median(shape: Tensor) -> Tensor:
@@ -127,19 +143,19 @@ def _log_gamma_median(shape: Tensor) -> Tensor:
     )
 
 
-def _excess(y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """`log(2 P)` of the side of y away from the mode, and its derivative by y."""
-    left = y < torch.log(a) - torch.log(b)
-    tail = _tail(y, a, b, left)
-    density = a * y - (a + b) * _softplus(y) - log_beta(a, b)
-    return density + torch.log(2.0 * tail), torch.where(left, 1.0, -1.0) / tail
-
-
 def median(a: Tensor, b: Tensor) -> Tensor:
     """The x with as much mass below as above.
 
-    Newton's method on the logarithm of the mass on one side in y = log(x / (1 - x)), which is
-    concave: 8 steps end at rounding. Differentiable once.
+    In y = log(x / (1 - x)), from a start that is off by 6% of the width of the side at most. With
+    q = (1/2 - mass) / density and l1, l2, l3 the derivatives of the log-density, the inverse of the
+    mass has the series
+
+        y + q - l1 q^2 / 2 + (2 l1^2 - l2) q^3 / 6 - (6 l1^3 - 7 l1 l2 + l3) q^4 / 24
+
+    which leaves 2e-7 of the width, and at the second time rounding. Newton's method took 8 steps of
+    136 nodes, 21 times as long. Differentiable once.
+
+    Source: Hill and Davis 1968, "Generalized asymptotic expansions of Cornish-Fisher type".
 
     Args:
         a: concentration1, `[*batch, *event]`.
@@ -151,12 +167,24 @@ def median(a: Tensor, b: Tensor) -> Tensor:
     dtype = a.dtype
     a, b = a.double(), b.double()
     with torch.no_grad():
-        y = _log_gamma_median(a) - _log_gamma_median(b)
-        for _ in range(8):
-            gap, slope = _excess(y, a, b)
-            y = y - gap / slope
-    if differentiated(a, b):
-        # One more step, whose derivative is that of the root.
-        gap, slope = _excess(y, a, b)
-        y = y - gap / slope.detach()
+        # Detached, as no_grad lets tangents through.
+        fixed_a, fixed_b = a.detach(), b.detach()
+        total = fixed_a + fixed_b
+        y = _log_gamma_median(fixed_a) - _log_gamma_median(fixed_b)
+        for _ in range(2):
+            left, over, log_density = _side(y, fixed_a, fixed_b)
+            q = 0.5 * torch.exp(-log_density) - over
+            q = torch.where(left, q, -q)
+            p = torch.sigmoid(y)
+            l1 = fixed_a - total * p
+            l2 = total * p * (p - 1.0)
+            l3 = l2 * (1.0 - 2.0 * p)
+            fourth = (l1 * (7.0 * l2 - 6.0 * l1 * l1) - l3) / 24.0
+            third = (2.0 * l1 * l1 - l2) / 6.0
+            y = y + q * (1.0 + q * (-0.5 * l1 + q * (third + q * fourth)))
+    if differentiated(a, b) or transformed():
+        # One step of Newton's on the logarithm of the mass, whose derivative is that of the root.
+        left, over, log_density = _side(y, a, b)
+        gap = log_density + torch.log(2.0 * over)
+        y = y - gap * torch.where(left, over, -over).detach()
     return torch.sigmoid(y).to(dtype)

@@ -25,6 +25,7 @@ from fastprob.reference._reduce import (
     differentiated,
     event_numel,
     plain_tensors_only,
+    transformed,
     vectors,
 )
 from fastprob.reference.normal import HALF_LOG_2PI
@@ -462,8 +463,7 @@ def mode(loc: Tensor, scale: Tensor, keep: Callable[[Tensor], Tensor] | None = N
             x = torch.maximum(x - f.mul_(slope).div_(curve), m)
         x = x + (size - m)
         x = torch.where(loc < 0, -x, x).to(loc.dtype)
-    # Forward mode says of nothing that it requires a gradient.
-    if not differentiated(loc, scale) and (torch.compiler.is_compiling() or plain_tensors_only()):
+    if not differentiated(loc, scale) and not transformed():
         return x
     if keep is not None:
         x = keep(x)
