@@ -24,9 +24,9 @@ from torch import nn
 
 from fastprob.keys import LogProbKeys
 from fastprob.modules import ProbabilisticTensorDictModule
-from fastprob.rng import Stream
 from fastprob.safe import SafeProbabilisticModule, SafeProbabilisticTensorDictSequential
 from fastprob.sequential import ProbabilisticTensorDictSequential
+from fastprob.streams import Stream
 
 _log = logging.getLogger("fastprob")
 _Policy = TypeVar("_Policy", bound=nn.Module)

@@ -25,7 +25,7 @@ from fastprob.distributions.composite import sum_parts
 from fastprob.interaction import current_type, read_type, take
 from fastprob.io import Items, as_dict, can_skip, leaves, repeat, skips_existing, write
 from fastprob.keys import LogProbKeys, aggregate_mode, read_in_keys, read_out_keys, with_suffix
-from fastprob.rng import Stream
+from fastprob.streams import Stream
 
 # Stands for an argument that was not given: the positional ones may be the parameters themselves.
 _UNSET: Any = object()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from fastprob import CounterStream, ProbabilisticTensorDictModule, rng
+from fastprob import CounterStream, ProbabilisticTensorDictModule, streams
 from fastprob.counter import SeedCounter
 from fastprob.distributions.normal import IndependentNormal
 from fastprob.reference import philox
@@ -76,7 +76,7 @@ def test_a_seed_that_is_not_looked_at():
 
 def test_no_value_of_a_seed_on_an_accelerator_is_asked_for():
     # A tensor without data stands for one on a GPU: whoever looks at it fails.
-    stream = rng.Stream(key="seed")
+    stream = streams.Stream(key="seed")
     td = TensorDict({"loc": torch.zeros(2), "seed": torch.tensor(3, device="meta")})
     generator, was_tensor = stream.open(td, ["loc"])
     assert isinstance(generator, SeedCounter) and was_tensor is True
@@ -87,7 +87,7 @@ def test_no_value_of_a_seed_on_an_accelerator_is_asked_for():
 
 def test_a_module_draws_from_it(monkeypatch):
     monkeypatch.setattr(
-        rng.Stream, "open", lambda self, td, keys: (SeedCounter(td[self.key]), True)
+        streams.Stream, "open", lambda self, td, keys: (SeedCounter(td[self.key]), True)
     )
     module = ProbabilisticTensorDictModule(
         ["loc", "scale"], ["action"], distribution_class=IndependentNormal, generator="seed",

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # others are the modules.
 FILES = {
     "rng": "base",
+    "streams": "base",
     "lowering": "base",
     "native": "base",
     "native_normal": "base",
