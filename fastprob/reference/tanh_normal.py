@@ -428,7 +428,7 @@ def mode(loc: Tensor, scale: Tensor, keep: Callable[[Tensor], Tensor] | None = N
         cbrt(8.5 |loc|) + sqrt(4.2 max(w - 1, 0)), where that is below 1, or |loc| + w
 
     which is of its size also where w is 1, loc 0 and three roots meet. Halley's method gets from
-    there to 2e-8 in three steps and to 6e-13 in four (700 roots, half of them near that point; the
+    there to 2e-8 in three steps and to 1e-12 in four (800 roots, half of them near that point; the
     rest of the error is the rounding of f). Newton's took 64 steps from |loc| + w to 1e-8.
 
     Args:

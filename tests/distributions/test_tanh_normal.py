@@ -15,6 +15,7 @@ from torch import distributions as D
 from torch.autograd import forward_ad
 
 from fastprob import distributions as F
+from fastprob.reference import tanh_normal as reference
 from tests.distributions._suite import Suite
 
 LOW = torch.tensor([-1.0, -2.0, 0.5, 0.0])
@@ -191,6 +192,44 @@ def test_the_mode_is_the_highest_point(scale):
         assert mode * loc >= 0
 
 
+def root(loc: float, scale: float) -> float:
+    """The largest x with `x = loc + 2 scale^2 tanh(x)`, by bisection in 40 digits."""
+    with mpmath.workdps(40):
+        m, w = mpmath.mpf(loc), 2 * mpmath.mpf(scale) ** 2
+        # Right of where the residual is least it only grows.
+        low = max(m, mpmath.atanh(mpmath.sqrt(1 - 1 / w)) if w > 1 else m)
+        high = m + w
+        for _ in range(140):
+            middle = (low + high) / 2
+            if middle - m - w * mpmath.tanh(middle) > 0:
+                high = middle
+            else:
+                low = middle
+        return float(high)
+
+
+# Where three roots meet f is x^3 / 3: its rounding of 2^-53 x leaves about 2^-53 / x of x, 1e-12 at
+# 1e-4.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 4e-12), (torch.float32, 4e-7)])
+def test_modes_where_three_roots_meet_and_elsewhere(dtype, tolerance):
+    near = [0.5**0.5 * (1 + sign * 10.0**-k) for k in range(1, 13, 2) for sign in (-1, 1)]
+    points = itertools.product((1e-12, 1e-6, 1e-3, 0.3, 3.0, 30.0), [1e-3, 0.3, 1.5, 30.0, *near])
+    loc, scale = torch.tensor(list(points), dtype=torch.float64).to(dtype).T
+    expected = [root(float(m), float(s)) for m, s in zip(loc, scale, strict=True)]
+    found = reference.mode(loc, scale).double().numpy()
+    # Relative where x is large: tanh is 1 there in any case.
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_modes_far_out():
+    loc = torch.tensor([torch.inf, -torch.inf, 3e38, 0.0, torch.nan])
+    scale = torch.tensor([1.0, 1.0, 1e10, 1e19, 1.0])
+    found = reference.mode(loc, scale)
+    assert found[:3].tolist() == loc[:3].tolist()
+    assert found[3] == pytest.approx(2e38, rel=1e-6)
+    assert found[4].isnan()
+
+
 @pytest.mark.parametrize(("loc", "scale"), [(0.3, 0.5), (0.3, 2.0), (-1.0, 0.9)])
 def test_no_value_is_more_likely_than_the_mode(loc, scale):
     dist = F.TanhNormal(exact(loc), exact(scale))
@@ -203,7 +242,24 @@ def test_the_mean_is_the_integral(scale):
     locs = torch.tensor(LOCS, dtype=torch.float64)
     dist = F.TanhNormal(locs, torch.full_like(locs, scale))
     expected = [integral(loc, scale) for loc in LOCS]
-    np.testing.assert_allclose(dist.mean.numpy(), expected, rtol=0, atol=1e-6)
+    # The quadrature asks for 1e-10.
+    np.testing.assert_allclose(dist.mean.numpy(), expected, rtol=0, atol=2e-10)
+
+
+def test_small_means_keep_their_digits():
+    # The integral of tanh(1e-6 + z / 2): odd but for the first order of loc.
+    slope = scipy.integrate.quad(
+        lambda z: np.cosh(z / 2) ** -2 * scipy.stats.norm.pdf(z), -12, 12, epsabs=1e-14
+    )[0]
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-7)):
+        loc, scale = torch.tensor([1e-6, 0.5], dtype=dtype)
+        assert F.TanhNormal(loc, scale).mean.item() == pytest.approx(1e-6 * slope, rel=tolerance)
+
+
+def test_a_mean_far_out_is_the_bound():
+    loc = torch.tensor([50.0, -50.0, torch.inf, -torch.inf])
+    dist = F.TanhNormal(loc, torch.full_like(loc, 0.3), safe_tanh=False)
+    assert dist.mean.tolist() == [1.0, -1.0, 1.0, -1.0]
 
 
 def test_the_median_halves_the_draws():
@@ -215,8 +271,7 @@ def test_the_median_halves_the_draws():
 
 @pytest.mark.parametrize("what", ["mode", "mean", "median", "deterministic_sample"])
 def test_gradients_of_points(what):
-    # Away from the scale at which the mode splits in two, where it has no derivative, and from that
-    # at which one quadrature of the mean hands over to another, 3e-9 away.
+    # Away from the scale at which the mode splits in two, where it has no derivative.
     loc = torch.tensor([0.3, -0.6, 1.5, 0.2], dtype=torch.float64, requires_grad=True)
     scale = torch.tensor([0.3, 0.5, 1.2, 0.97], dtype=torch.float64, requires_grad=True)
     low = torch.tensor(-2.0, dtype=torch.float64, requires_grad=True)
