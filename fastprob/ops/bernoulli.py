@@ -31,15 +31,20 @@ is_mode = reference.is_mode
 class _Entropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ndims: int):
-        ctx.save_for_backward(logits)
+        entropies, less = reference.entropy_parts(logits, ndims)
+        ctx.save_for_backward(logits, less)
         ctx.ndims = ndims
-        return reference.entropy(logits, ndims)
+        return entropies
 
     @staticmethod
     def backward(ctx: Any, *grads: Any):
-        (logits,) = ctx.saved_tensors
-        rate = logits * torch.sigmoid(logits) * torch.sigmoid(-logits)
-        return -over_event(grads[0], ctx.ndims) * rate, None
+        logits, less = ctx.saved_tensors
+        rate = over_event(grads[0], ctx.ndims)
+        if torch.is_grad_enabled():
+            # A second derivative follows.
+            return -rate * (logits * torch.sigmoid(logits) * torch.sigmoid(-logits)), None
+        # Of the less likely of the two values, as its probability keeps its digits.
+        return (less * less).sub_(less).mul_(logits).mul_(rate), None
 
 
 def log_prob(logits: Tensor, value: Tensor, ndims: int) -> Tensor:

@@ -45,6 +45,17 @@ def entropy(logits: Tensor, ndims: int) -> Tensor:
     )
 
 
+def entropy_parts(logits: Tensor, ndims: int) -> tuple[Tensor, Tensor]:
+    """The entropy `[*batch]`, and the probability of the less likely value `[*batch, *event]`.
+
+    In place, of plain tensors: 0.8 of the time.
+    """
+    size = logits.abs().neg_()
+    less = torch.sigmoid(size)
+    each = softplus(size, threshold=50.0).addcmul_(size, less, value=-1.0)
+    return affine_sum(each, ndims, 0.0, 1), less
+
+
 def is_mode(given: Tensor, from_probs: bool) -> Tensor:
     """Where 1 is the more likely value. At p = 1/2 both are; the smaller one is taken."""
     return given > (0.5 if from_probs else 0.0)
