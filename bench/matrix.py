@@ -21,7 +21,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,10 @@ def _by_computation(cells: Sequence[Cell]) -> list[list[Cell]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the matrix on both sides, prints their passes and writes the JSON."""
+    """Runs the matrix on both sides, prints their passes and writes the JSON.
+
+    With one side alone the other is what the record has, if that is of the very code.
+    """
     warnings.simplefilter("ignore")
     # Upstream's failures make dynamo print traces of the operators that fail.
     logging.disable(logging.ERROR)
@@ -171,9 +174,15 @@ def run(args: argparse.Namespace) -> int:
         wanted = part(cells, index, count)
         interrupted = _run_side(wanted, library, args.backend, state, minutes)
         found = state.read()
-        payload["sides"][name] = summary(cells, found) | {"version": library.version, "code": code}
+        payload["sides"][name] = summary(cells, found) | {
+            "version": library.version,
+            "code": code,
+            "environment": payload["environment"],
+        }
         if interrupted:
             break
+    if args.side is not None:
+        payload["sides"] |= _on_record(args.backend, {args.side})
     _print_table(payload["sides"])
     ours = payload["sides"].get("fastprob", {"failed": {}})
     for name, reason in ours["failed"].items():
@@ -191,14 +200,29 @@ def recorded(cells: Sequence[Cell], backend: str) -> bool:
         cells: the product.
         backend: of ``torch.compile``.
     """
+    side = _on_record(backend).get("fastprob")
+    return side is not None and side["ran"] == side["passed"] == len(cells)
+
+
+def _on_record(backend: str, but: Collection[str] = ()) -> dict[str, dict[str, Any]]:
+    """The sides whose result on record is of the very code, each with the environment of its run.
+
+    Args:
+        backend: of ``torch.compile``.
+        but: names of sides that are left out.
+    """
     path = results.default_folder() / "matrix.json"
     if not path.exists():
-        return False
+        return {}
     data = json.loads(path.read_text("utf-8"))
-    side = data["sides"].get("fastprob", {})
-    if (data["backend"], side.get("code")) != (backend, fingerprint(implementation("fastprob"))):
-        return False
-    return side["ran"] == side["passed"] == len(cells)
+    if data["backend"] != backend:
+        return {}
+    # Of all that stand in one file, the file's own environment is that of the last run.
+    return {
+        name: {"environment": data.get("environment")} | side
+        for name, side in data["sides"].items()
+        if name not in but and side.get("code") == fingerprint(implementation(name))
+    }
 
 
 def _run_side(

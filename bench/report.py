@@ -117,6 +117,10 @@ def section(folder: Path) -> str:
         if not made:
             continue
         sources.append(_source(path.name, data["environment"]))
+        for side, found in data.get("sides", {}).items():
+            own = found.get("environment") or data["environment"]
+            if own["commit"] != data["environment"]["commit"]:
+                sources.append(_source(f"{path.name}, {side}", own))
         slow += [replace(item, file=name) for item in slower(data)]
         blocks += made
         image = folder / f"{name}.png"

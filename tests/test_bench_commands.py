@@ -574,7 +574,12 @@ def test_every_file_has_its_tables_and_what_is_slower_comes_first(tmp_path):
             "strength": None,
             "cells": 90,
             "sides": {
-                "upstream": {"passed": 6, "by_choice": {"form": {"plain": [6, 9]}}, "failed": {}},
+                "upstream": {
+                    "passed": 6,
+                    "by_choice": {"form": {"plain": [6, 9]}},
+                    "failed": {},
+                    "environment": {**ENVIRONMENT, "commit": "fedcba9876"},
+                },
                 "fastprob": {
                     "ran": 80,
                     "passed": 79,
@@ -616,6 +621,7 @@ def test_every_file_has_its_tables_and_what_is_slower_comes_first(tmp_path):
         "| Beta | mode | forward | 64×8 | 10.0 | 12.5 | 1.25 | operator | 5.0 | 0.50 |",
         "aot_eager): upstream 6 of 90; fastprob 79 of 80. There are 20,520 configurations; those"
         " that ran are the whole product, as far as it ran.",
+        "- `matrix.json, upstream`: a chip",
         "- Delta / sequence: another key",
         "| form | plain | 6 / 9 | 9 / 9 |\n| form | sequence |  | 70 / 71 |",
         "no GPU, so no graph was timed",
@@ -627,6 +633,7 @@ def test_every_file_has_its_tables_and_what_is_slower_comes_first(tmp_path):
         "| cheetah | 4 | 5 | 1.25 | 10 | 10 | 1.00 | 475 | 475 |  |",
     ):
         assert line in made
+    assert "matrix.json, fastprob" not in made
     assert made.index("Where fastprob is slower") < made.index("Compiled calls")
     whole = {name: {"ran": 90, "passed": 90, "by_choice": {}} for name in ("upstream", "fastprob")}
     found = "".join(report._matrix({**files["matrix"], "product": 90, "sides": whole}))

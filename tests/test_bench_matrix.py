@@ -172,6 +172,28 @@ def test_what_is_on_record_for_this_code_is_not_run_again(
     assert run.only("--unless-recorded")[1]["ran"] == wanted
 
 
+def test_the_other_side_stays_as_it_is_on_record_for_the_very_code(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(matrix, "fingerprint", lambda library: "here")
+    monkeypatch.setattr(matrix.results, "default_folder", lambda: tmp_path)
+    path = tmp_path / "matrix.json"
+
+    def sides(code):
+        other = {"code": code, "ran": 2, "passed": 1, "seconds": 3.0, "by_choice": {}, "failed": {}}
+        own = {"code": "here", "ran": 7, "passed": 7}
+        record = {"backend": "aot_eager", "environment": {"commit": "before"}}
+        path.write_text(json.dumps(record | {"sides": {"upstream": other, "fastprob": own}}))
+        run()
+        return json.loads((tmp_path / "out" / "matrix.json").read_text())["sides"]
+
+    found = sides("here")
+    assert found["upstream"]["passed"] == 1
+    assert found["upstream"]["environment"] == {"commit": "before"}
+    # This one has run.
+    assert found["fastprob"]["ran"] == 2
+    assert "commit" in found["fastprob"]["environment"]
+    assert set(sides("other")) == {"fastprob"}
+
+
 def test_no_minutes_sum_up_and_run_nothing(run):
     assert run("--minutes", "0")[1]["ran"] == 0
     assert run.asked == []
