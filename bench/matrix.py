@@ -182,7 +182,8 @@ def run(args: argparse.Namespace) -> int:
         if interrupted:
             break
     if args.side is not None:
-        payload["sides"] |= _on_record(args.backend, {args.side})
+        found = payload["sides"] | _on_record(args.backend, {args.side})
+        payload["sides"] = {name: found[name] for name in NAMES if name in found}
     _print_table(payload["sides"])
     ours = payload["sides"].get("fastprob", {"failed": {}})
     for name, reason in ours["failed"].items():
