@@ -80,6 +80,21 @@ def test_every_family_under_inductor_equals_eager_in_both_passes():
     assert differentiated == {str(cell) for cell in CHOSEN}
 
 
+@pytest.mark.parametrize(
+    ("family", "interaction"),
+    [
+        ("TanhNormal", "mode"),
+        ("TanhNormal", "mean"),
+        ("TruncatedNormal", "mean"),
+        ("Beta", "median"),
+    ],
+)
+def test_points_found_in_many_steps_under_inductor(family, interaction):
+    cell = matrix.Cell(family, interaction, True, "none", "none", "plain")
+    (outcome,) = matrix.check([cell], implementation("fastprob"), "inductor")
+    assert outcome.reason is None
+
+
 def test_the_cells_hold_every_pair():
     def pairs(cells):
         return {(a, b) for c in cells for a in vars(c).items() for b in vars(c).items() if a < b}
