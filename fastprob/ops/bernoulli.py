@@ -43,8 +43,9 @@ class _Entropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             # A second derivative follows.
             return -rate * (logits * torch.sigmoid(logits) * torch.sigmoid(-logits)), None
-        # Of the less likely of the two values, as its probability keeps its digits.
-        return (less * less).sub_(less).mul_(logits).mul_(rate), None
+        # Of the less likely of the two values, as its probability keeps its digits. The rate not in
+        # place: it may be batched, where several gradients are asked for at once.
+        return (less * less).sub_(less).mul_(logits) * rate, None
 
 
 def log_prob(logits: Tensor, value: Tensor, ndims: int) -> Tensor:

@@ -48,7 +48,7 @@ def entropy(logits: Tensor, ndims: int) -> Tensor:
 def entropy_parts(logits: Tensor, ndims: int) -> tuple[Tensor, Tensor]:
     """The entropy `[*batch]`, and the probability of the less likely value `[*batch, *event]`.
 
-    In place, of plain tensors: 0.8 of the time.
+    In place, of plain tensors: score and entropy, both passes, take 0.85 of the time, 4096 x 8.
     """
     size = logits.abs().neg_()
     less = torch.sigmoid(size)

@@ -129,3 +129,15 @@ def test_bad_parameters(params, message):
 def test_the_mean_has_no_score():
     with pytest.raises(NotImplementedError, match="mean of a Bernoulli"):
         F.Bernoulli(0.3).take(F._base.MEAN, score=True)
+
+
+def test_several_gradients_of_an_entropy_at_once():
+    logits = torch.randn(3, 4, requires_grad=True)
+    weights = torch.randn(5, 3, 4)
+    (found,) = torch.autograd.grad(
+        F.Bernoulli(logits=logits).entropy(), logits, weights, is_grads_batched=True
+    )
+    expected = [
+        torch.autograd.grad(F.Bernoulli(logits=logits).entropy(), logits, w)[0] for w in weights
+    ]
+    torch.testing.assert_close(found, torch.stack(expected))

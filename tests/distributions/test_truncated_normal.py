@@ -455,3 +455,14 @@ def test_operator_passes_opcheck_and_is_batched_by_vmap(kind):
         expected = one(loc[i], p[:, :, i])
         torch.testing.assert_close(value[i], expected[0], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(score[i], expected[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.01, 0.3, 1.0, 3.0, 10.0, 100.0])
+def test_the_mean_of_a_nearly_flat_density(t):
+    # At the widest interval that it is used for, w (t + w) = 0.1.
+    w = (-t + (t * t + 0.4) ** 0.5) / 2
+    with mpmath.workdps(30):
+        weighted = mpmath.quad(lambda u: u * mpmath.exp(-u * (t + u / 2)), [0, w])
+        expected = weighted / mpmath.quad(lambda u: mpmath.exp(-u * (t + u / 2)), [0, w])
+    found = reference._narrow_mean(*torch.tensor([t, w], dtype=torch.float64))
+    assert found.item() == pytest.approx(float(expected), rel=1e-13)
